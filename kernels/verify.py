@@ -1,0 +1,197 @@
+"""The last check before a reply: against the newest columns, closed on doubt, gaps back-filled."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from kernels.fence import FREE, LIVE
+
+
+class Drop(IntEnum):
+    """Why the last check removed a pick."""
+
+    KEPT = 0
+    NOT_LIVE = 1
+    LEASE_EXPIRED = 2
+    RULE = 3
+    REGION = 4
+    AGE_RATING = 5
+    LANGUAGE = 6
+    CATEGORY = 7
+    NOT_NEEDED = 8  # reserve that no gap called for
+
+
+N_DROPS = len(Drop)
+
+
+class FilterColumns(NamedTuple):
+    """V filters as columns. languages bool[V, L] and categories bool[V, G] say which interned numbers
+    pass (numbers beyond L or G were interned later: they pass only where ``any_*`` is set)."""
+
+    region: NDArray[np.int32]
+    max_age_rating: NDArray[np.int32]
+    any_language: NDArray[np.bool_]
+    languages: NDArray[np.bool_]
+    any_category: NDArray[np.bool_]
+    categories: NDArray[np.bool_]
+
+
+class RowColumns(NamedTuple):
+    """The table's columns that decide whether a row may be shown, C rows."""
+
+    state: NDArray[np.uint8]
+    lease_expires_ms: NDArray[np.int64]
+    rule_bits: NDArray[np.uint32]
+    region: NDArray[np.int32]
+    age_rating: NDArray[np.int32]
+    language: NDArray[np.int32]
+    category: NDArray[np.int32]
+
+
+@njit(cache=True, nogil=True)
+def check_row(row: RowColumns, s: int, f: FilterColumns, v: int, exclude_bits: np.uint32, now_ms: int) -> int:
+    """`Drop` code of row ``s`` for filter ``v``; 0 when it may be shown."""
+    if row.state[s] != LIVE:
+        return 1
+    if row.lease_expires_ms[s] <= now_ms:
+        return 2
+    if row.rule_bits[s] & exclude_bits:
+        return 3
+    if row.region[s] != 0 and row.region[s] != f.region[v]:
+        return 4
+    if row.age_rating[s] > f.max_age_rating[v]:
+        return 5
+    language = row.language[s]
+    if not f.any_language[v] and not (language < f.languages.shape[1] and f.languages[v, language]):
+        return 6
+    category = row.category[s]
+    if not f.any_category[v] and not (category < f.categories.shape[1] and f.categories[v, category]):
+        return 7
+    return 0
+
+
+@njit(cache=True, nogil=True)
+def eligible_rows(
+    row: RowColumns, n_rows: int, f: FilterColumns, v: int, exclude_bits: np.uint32, now_ms: int
+) -> NDArray[np.bool_]:
+    """bool[n_rows]: which rows pass filter ``v`` now. The same predicate as the last check."""
+    out = np.empty(n_rows, dtype=np.bool_)
+    for s in range(n_rows):
+        out[s] = check_row(row, s, f, v, exclude_bits, now_ms) == 0
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _verify(
+    picks: NDArray[np.int32],
+    n_picks: NDArray[np.int32],
+    limits: NDArray[np.int32],
+    filter_of: NDArray[np.int32],
+    row: RowColumns,
+    f: FilterColumns,
+    exclude_bits: np.uint32,
+    now_ms: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
+    rows, width = picks.shape
+    kept = np.full((rows, width), -1, dtype=np.int32)
+    counts = np.zeros(rows, dtype=np.int32)
+    drops = np.zeros((rows, width), dtype=np.uint8)
+    for b in range(rows):
+        n = 0
+        for i in range(n_picks[b]):
+            if n == limits[b]:
+                drops[b, i] = 8
+                continue
+            code = check_row(row, picks[b, i], f, filter_of[b], exclude_bits, now_ms)
+            drops[b, i] = code
+            if code == 0:
+                kept[b, n] = i
+                n += 1
+        counts[b] = n
+    return kept, counts, drops
+
+
+def verify_picks(
+    picks: NDArray[np.int32],
+    n_picks: NDArray[np.int32],
+    limits: NDArray[np.int32],
+    filter_of: NDArray[np.int32],
+    row: RowColumns,
+    filters: FilterColumns,
+    exclude_bits: int,
+    now_ms: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
+    """Checks slates and closes their gaps from the reserve behind them.
+
+    Args:
+        picks: int32[B, P] slots, best first: the slate and behind it its reserve; n_picks int32[B] of them.
+        limits: int32[B], places wanted. filter_of: int32[B], row of ``filters``.
+
+    Returns:
+        kept int32[B, P]: columns of ``picks`` that are shown, in order, padded with -1;
+        counts int32[B]; drops uint8[B, P]: a `Drop` per pick. kept + dropped = offered.
+
+    Raises:
+        ValueError: shapes do not fit, or a pick is outside the table.
+    """
+    rows, width = picks.shape
+    for name, column in (("n_picks", n_picks), ("limits", limits), ("filter_of", filter_of)):
+        if column.shape != (rows,):
+            raise ValueError(f"{name}: shape ({rows},) wanted, got {column.shape}")
+    if rows and int(n_picks.max()) > width:
+        raise ValueError(f"n_picks: at most {width} allowed, got {int(n_picks.max())}")
+    used = picks[np.arange(width)[None, :] < n_picks[:, None]]
+    if len(used) and not (int(used.min()) >= 0 and int(used.max()) < len(row.state)):
+        raise ValueError(f"picks: 0 to {len(row.state) - 1} allowed")
+    kept, counts, drops = _verify(
+        picks, n_picks, limits, filter_of, row, filters, np.uint32(exclude_bits), now_ms
+    )
+    return kept, counts, drops
+
+
+def verify_picks_reference(
+    picks: NDArray[np.int32],
+    n_picks: NDArray[np.int32],
+    limits: NDArray[np.int32],
+    filter_of: NDArray[np.int32],
+    row: RowColumns,
+    filters: FilterColumns,
+    exclude_bits: int,
+    now_ms: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
+    """Plain version of `verify_picks`."""
+    kept = np.full(picks.shape, -1, np.int32)
+    drops = np.zeros(picks.shape, np.uint8)
+    counts = np.zeros(len(picks), np.int32)
+    for b, (slots, v) in enumerate(zip(picks, filter_of, strict=True)):
+        for i, s in enumerate(slots[: n_picks[b]]):
+            language, category = row.language[s], row.category[s]
+            tests = (
+                (Drop.NOT_NEEDED, counts[b] == limits[b]),
+                (Drop.NOT_LIVE, row.state[s] != LIVE),
+                (Drop.LEASE_EXPIRED, row.lease_expires_ms[s] <= now_ms),
+                (Drop.RULE, row.rule_bits[s] & np.uint32(exclude_bits) != 0),
+                (Drop.REGION, row.region[s] not in (0, filters.region[v])),
+                (Drop.AGE_RATING, row.age_rating[s] > filters.max_age_rating[v]),
+                (
+                    Drop.LANGUAGE,
+                    not filters.any_language[v] and language not in np.flatnonzero(filters.languages[v]),
+                ),
+                (
+                    Drop.CATEGORY,
+                    not filters.any_category[v] and category not in np.flatnonzero(filters.categories[v]),
+                ),
+            )
+            drops[b, i] = next((drop for drop, hit in tests if hit), Drop.KEPT)
+            if drops[b, i] == Drop.KEPT:
+                kept[b, counts[b]] = i
+                counts[b] += 1
+    return kept, counts, drops
+
+
+assert (FREE, LIVE, Drop.NOT_NEEDED) == (0, 1, 8)  # the numbers written out in the kernels above

@@ -1,0 +1,38 @@
+"""A simulated live-commerce platform: seeded, on its own clock, with the truth beside what it tells.
+
+    world = World(WorldSettings(seed=7, target_live=300))
+    events = world.step()                  # columns; events.to_batches() for a server
+    world.truth.is_live(events.stream, world.now_ms)
+
+settings → population, titles → streams (columns) → lifecycle, audience, actions → delivery → events, wire.
+"""
+
+from loadtest.world.events import END_REASONS, REPORT_REASONS, EventKind, WorldEvents, viewer_name
+from loadtest.world.population import Viewer
+from loadtest.world.settings import CATEGORIES, MARKETS, Adversity, Category, Market, WorldSettings
+from loadtest.world.streams import NEVER, Flaw, State, StreamColumns
+from loadtest.world.truth import EndEvents, MediaSpans, Truth
+from loadtest.world.world import World
+
+__all__ = [
+    "CATEGORIES",
+    "END_REASONS",
+    "MARKETS",
+    "NEVER",
+    "REPORT_REASONS",
+    "Adversity",
+    "Category",
+    "EndEvents",
+    "EventKind",
+    "Flaw",
+    "Market",
+    "MediaSpans",
+    "State",
+    "StreamColumns",
+    "Truth",
+    "Viewer",
+    "World",
+    "WorldEvents",
+    "WorldSettings",
+    "viewer_name",
+]

@@ -1,0 +1,112 @@
+"""`liverank`: serve · demo · replay · rank · explain · bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from server.clock import SystemClock
+from server.config import load_settings
+from server.errors import LiverankError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0 done, 1 failed, 2 wrong usage or settings."""
+    parser = argparse.ArgumentParser(prog="liverank", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    serve = commands.add_parser("serve", help="run the server until SIGTERM")
+    serve.add_argument("--config", type=Path, help="settings file (TOML)")
+    serve.add_argument("--ready-file", type=Path, help="written with the bound ports, as JSON, once serving")
+
+    demo = commands.add_parser("demo", help="Triton, server and a simulated platform for a minute")
+    demo.add_argument("--seconds", type=float, default=60.0)
+    demo.add_argument("--streams", type=int, default=250, help="streams live at once")
+    demo.add_argument("--seed", type=int, default=7)
+
+    replay = commands.add_parser("replay", help="feed real livestream history through the API")
+    replay.add_argument("file", type=Path, help="CSV or Parquet; see README for its columns")
+    replay.add_argument("--speed", type=float, default=0.0, help="times real time; 0: as fast as it goes")
+    replay.add_argument("--surface", default="chart", help="surface of the rules file to rank for")
+    replay.add_argument("--config", type=Path, help="settings file (TOML)")
+
+    for name, help_text in (
+        ("rank", "ask a running server for a slate"),
+        ("explain", "ask why a stream is (not) shown"),
+    ):
+        client = commands.add_parser(name, help=help_text)
+        client.add_argument("--server", default="127.0.0.1:7710")
+        client.add_argument("--viewer", default="")
+        client.add_argument("--limit", type=int, default=0)
+        client.add_argument("--surface", default="")
+        client.add_argument("--languages", nargs="*", default=[])
+        client.add_argument("--categories", nargs="*", default=[])
+        client.add_argument("--region", default="")
+        if name == "explain":
+            client.add_argument("stream_id")
+
+    bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
+    bench.add_argument("name", choices=["first"])
+    bench.add_argument("--streams", type=int, nargs="*", default=[1_000, 10_000, 100_000])
+
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        return _run(options)
+    except LiverankError as error:
+        print(f"liverank: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Imports only what the command needs."""
+    if options.command == "serve":
+        return _serve(options.config, options.ready_file)
+    if options.command == "demo":
+        from loadtest.demo import run_demo
+
+        return run_demo(options.seconds, options.streams, options.seed)
+    if options.command == "replay":
+        from loadtest.replay import run_replay
+
+        return run_replay(options.file, options.speed, options.surface, options.config)
+    if options.command == "bench":
+        from loadtest.bench.first import run_first
+
+        return run_first(options.streams)
+    from server.client import run_client
+
+    return run_client(options)
+
+
+def _serve(config: Path | None, ready_file: Path | None) -> int:
+    from server.app import App
+
+    settings = load_settings(config)
+    stop = threading.Event()
+    faults: list[str] = []
+
+    def give_up() -> None:
+        faults.append("engine")
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    app = App(settings, SystemClock(), give_up)
+    app.start()
+    if ready_file is not None:
+        beside = ready_file.with_suffix(".tmp")
+        beside.write_text(json.dumps({"port": app.port, "metrics_port": app.metrics_port}))
+        beside.rename(ready_file)  # a reader sees all of it or nothing
+    stop.wait()
+    clean = app.drain()
+    return 0 if clean and not faults else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,480 @@
+"""The engine: one thread that owns the table. Events, ranking, ticks and control are serialised on it.
+
+log writer ──committed──▶ ┐                        ┌─▶ acknowledgements
+Rank calls ──queries────▶ ├─▶ apply · rank · tick ─┼─▶ encoded replies
+score refresh ──scores──▶ ┘                        └─▶ ends, metrics
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels import fence
+from server.clock import Clock
+from server.config import Settings
+from server.errors import Draining, LiverankError, OffsetNotReached, Overloaded
+from server.live.ends import EndFeed
+from server.live.events import decode_batch
+from server.live.features import FeatureSet
+from server.live.table import End, LiveTable
+from server.log.base import EventLog
+from server.log.commit import Committed, GroupCommit
+from server.ranking.pipeline import Pipeline
+from server.ranking.slates import SlateBatch
+from server.recorder import Recorder
+from server.retrieval.query import RankQuery, build_batch
+from server.retrieval.streams import StreamState
+from server.retrieval.view import Snapshot
+from server.rules.rulebook import RuleBook
+from server.scoring.ladder import Level
+from server.scoring.refresh import Refresher, RefreshJob, RefreshResult
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+ASSESS_CHUNK_ROWS = 16_384
+"""Rows whose features a tick recomputes at most on its way around the table: bounds the tick's pause."""
+
+
+@dataclass(frozen=True)
+class ReplyState:
+    """What every reply discloses about the state that answered it."""
+
+    applied_offset: int
+    model_version: str
+    level: Level
+    reasons: tuple[str, ...]
+    score_age_ms: int
+
+
+@dataclass(frozen=True)
+class PublishResult:
+    """What became of a batch: its offset, and the reject code of each decoded event (0 applied)."""
+
+    offset: int
+    codes: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    queries: list[RankQuery]
+    done: Future[list[bytes]]
+
+
+Encoder = Callable[[SlateBatch, ReplyState, LiveTable, float], list[bytes]]
+
+
+class Engine:
+    """Runs the loop. Everything it is given is used by its thread alone, unless documented otherwise.
+
+    Args:
+        encode: turns a ranked batch into one serialised RankResponse per request.
+        on_fault: called once, from the engine thread, if it must give up: its table cannot be trusted.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        table: LiveTable,
+        features: FeatureSet,
+        streams: StreamState,
+        pipeline: Pipeline,
+        ends: EndFeed,
+        recorder: Recorder,
+        encode: Encoder,
+        on_fault: Callable[[], None],
+    ) -> None:
+        self.settings, self.clock, self.table = settings, clock, table
+        self.features, self.streams, self.pipeline, self.ends = features, streams, pipeline, ends
+        self._recorder, self._encode, self._on_fault = recorder, encode, on_fault
+        self.applied_offset = 0
+        self.scores = RefreshResult(
+            np.zeros(0, np.int32), np.zeros(0, np.uint32), None, None, Level.FORMULA,
+            ("no scores yet",), "", clock.now_ms(), 0,
+        )  # fmt: skip
+        self.first_scores = threading.Event()
+        self._commit: GroupCommit | None = None
+        self._refresher: Refresher | None = None
+        self._wake = threading.Condition()
+        self._committed: deque[list[Committed]] = deque()
+        self._rank: deque[_Waiting] = deque()
+        self._rank_rows = 0
+        self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        self._results: deque[RefreshResult] = deque()
+        self._parked: list[_Waiting] = []
+        self._touched: list[NDArray[np.int32]] = []
+        self._next_tick_s = 0.0
+        self._next_refresh_ms = 0
+        self._around = _Around(np.zeros(0, np.int32), features)
+        self._batch_s = 0.0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # --- from other threads -------------------------------------------------------------------
+
+    def start(self, commit: GroupCommit, refresher: Refresher) -> None:
+        """Starts the loop; the log has been recovered before."""
+        self._commit, self._refresher = commit, refresher
+        self._thread.start()
+
+    def committed(self, group: list[Committed]) -> None:
+        """Takes batches that became durable, in log order."""
+        with self._wake:
+            self._committed.append(group)
+            self._wake.notify()
+
+    def scored(self, result: RefreshResult) -> None:
+        """Takes the result of a score refresh."""
+        with self._wake:
+            self._results.append(result)
+            self._wake.notify()
+
+    def rank(self, queries: list[RankQuery]) -> Future[list[bytes]]:
+        """Queues viewers to be ranked; resolves to one serialised RankResponse each.
+
+        Raises:
+            Overloaded: too many viewers wait already. Draining: the engine stops.
+        """
+        done: Future[list[bytes]] = Future()
+        with self._wake:
+            if self._stopping:
+                raise Draining("the server is draining")
+            if self._rank_rows + len(queries) > max(self.settings.serve.max_queue_rows, len(queries)):
+                raise Overloaded(f"{self._rank_rows} viewers are already waiting")
+            self._rank_rows += len(queries)
+            self._rank.append(_Waiting(queries, done))
+            self._wake.notify()
+        return done
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Runs ``function`` on the engine thread, between batches."""
+        done: Future[T] = Future()
+        with self._wake:
+            if self._stopping:
+                raise Draining("the server is draining")
+            self._calls.append((function, done))  # type: ignore[arg-type]
+            self._wake.notify()
+        return done
+
+    def stop(self) -> None:
+        """Finishes what is queued, then ends the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    # --- before the loop ----------------------------------------------------------------------
+
+    def recover(self, log: EventLog) -> int:
+        """Applies every record of the log as it was then; returns how many. Raises LogError on damage."""
+        n = 0
+        for record in log.read(0):
+            batch = decode_batch(record.payload, self.settings.table)
+            applied = self.table.apply(batch.events, record.applied_ms)
+            self.ends.publish(applied.ends)
+            self.applied_offset = record.offset
+            n += 1
+        rows = np.arange(self.table.rows, dtype=np.int32)
+        self.streams.forget_changed_sessions(rows)
+        self._touched.append(rows)
+        return n
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception:
+            logger.critical("the engine gives up: its table may be half-changed", exc_info=True)
+            self._fail_everything(Draining("the engine failed; the server is going away"))
+            self._on_fault()
+
+    def _fail_everything(self, error: LiverankError) -> None:
+        with self._wake:
+            self._stopping = True
+            futures: list[Future[Any]] = [w.done for w in (*self._rank, *self._parked)]
+            futures += [done for _, done in self._calls]
+            futures += [c.submission.done for group in self._committed for c in group]
+        for future in futures:
+            if not future.done():
+                future.set_exception(error)
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(self._has_work, timeout=max(0.0, self._next_tick_s - time.monotonic()))
+                groups, self._committed = list(self._committed), deque()
+                results, self._results = list(self._results), deque()
+                calls, self._calls = list(self._calls), deque()
+                waiting = self._take_rank_batch()
+                finished = self._stopping and not (groups or results or calls or waiting or self._parked)
+            if finished:
+                return
+            for group in groups:
+                self._apply(group)
+            for result in results:
+                self._take_scores(result)
+            if time.monotonic() >= self._next_tick_s:
+                self._guard(self._tick, "tick")
+                self._next_tick_s = time.monotonic() + self.settings.rank.tick_ms / 1000
+            for function, done in calls:
+                _resolve(done, function)
+            waiting = self._ready(waiting)
+            if waiting:
+                self._rank_batch(waiting)
+
+    def _has_work(self) -> bool:
+        return bool(self._committed or self._rank or self._calls or self._results or self._stopping)
+
+    def _take_rank_batch(self) -> list[_Waiting]:
+        """As many waiting calls as fit a batch; a larger single call is a batch of its own."""
+        taken: list[_Waiting] = []
+        rows = 0
+        while self._rank and (
+            not taken or rows + len(self._rank[0].queries) <= self.settings.serve.max_batch_rows
+        ):
+            taken.append(self._rank.popleft())
+            rows += len(taken[-1].queries)
+        self._rank_rows -= rows
+        return taken
+
+    def _guard(self, step: Callable[[], None], name: str) -> None:
+        """An unexpected fault in a periodic step is logged and counted; the engine must go on answering."""
+        try:
+            step()
+        except Exception:
+            logger.exception("unexpected fault in %s", name)
+            self._recorder.fault(name)
+
+    # --- events -------------------------------------------------------------------------------
+
+    def _apply(self, group: list[Committed]) -> None:
+        """Applies a durable group and acknowledges it. A batch is acknowledged only after it was applied."""
+        assert self._commit is not None
+        outcomes: list[tuple[Committed, PublishResult]] = []
+        for committed in group:
+            events = committed.submission.batch.events
+            applied = self.table.apply(events, committed.record.applied_ms)
+            self.applied_offset = committed.record.offset
+            self.streams.forget_changed_sessions(applied.touched)
+            moderated = np.flatnonzero((events.kind == fence.MODERATED) & (applied.codes == 0))
+            if len(moderated):
+                slots = self.table.map.lookup(events.ids[moderated], events.id_lengths[moderated])
+                self.streams.apply_moderation(slots, committed.record.applied_ms)
+            self._touched.append(applied.touched)
+            self._publish_ends(applied.ends)
+            self._recorder.applied(events, applied)
+            outcomes.append((committed, PublishResult(committed.record.offset, applied.codes)))
+        self._commit.applied(1)
+        now_ms = self.clock.now_ms()
+        for committed, result in outcomes:
+            self._recorder.acknowledged(committed, result.codes, now_ms)
+            committed.submission.done.set_result(result)
+
+    def _publish_ends(self, ends: list[End]) -> None:
+        if ends:
+            self.ends.publish(ends)
+            self._recorder.ended(ends)
+
+    # --- time ---------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """Expires leases, refreshes rules of changed rows, moves on around the table, takes a snapshot."""
+        assert self._commit is not None
+        started = time.perf_counter()
+        now_ms = self._commit.settled_ms()
+        expired = self.table.expire(now_ms)
+        self._publish_ends(expired.ends)
+        if self._touched:
+            self.streams.assess(np.unique(np.concatenate(self._touched)), now_ms)
+            self._touched.clear()
+        self._refresh_scores(now_ms)
+        self.take_snapshot(now_ms)
+        self._recorder.ticked(
+            self.table, self.streams, expired, self._rank_rows, time.perf_counter() - started
+        )
+        state = self.reply_state()
+        self._recorder.disclosed(state.level, state.score_age_ms, state.applied_offset)
+
+    def set_rules(self, book: RuleBook) -> None:
+        """Takes other rules over, for all rows at once: no reply mixes the two."""
+        assert self._commit is not None
+        now_ms = self._commit.settled_ms()
+        self.streams.set_book(book)
+        self.streams.assess(np.arange(self.table.rows, dtype=np.int32), now_ms)
+        self.take_snapshot(now_ms)
+
+    def take_snapshot(self, now_ms: int) -> None:
+        """Begins a new tick's view of the table."""
+        before = self.pipeline.snapshot
+        self.pipeline.snapshot = Snapshot(
+            self.table, self.streams, before.settings, now_ms, before.trend_order
+        )
+
+    def _refresh_scores(self, now_ms: int) -> None:
+        """Recomputes features and rules around the table, a chunk per tick; then sends them to the model."""
+        assert self._refresher is not None
+        if self._around.finished:
+            if now_ms < self._next_refresh_ms:
+                return
+            self._next_refresh_ms = now_ms + self.settings.scoring.refresh_ms
+            live = self.table.columns.state[: self.table.rows] == fence.LIVE
+            self._around = _Around(np.flatnonzero(live).astype(np.int32), self.features)
+        self._around.step(self.streams, now_ms)
+        if self._around.finished:
+            job = self._around.job(self.table, self.streams, now_ms)
+            self._refresher.submit(job)  # when the last one still runs, the next way around brings newer rows
+            self._recorder.features(self._around.states, self.features)
+
+    def refresh_now(self) -> None:
+        """One whole refresh in the calling (engine) thread: for replay, where time is the file's."""
+        assert self._refresher is not None and self._commit is not None
+        now_ms = self._commit.settled_ms()
+        live = self.table.columns.state[: self.table.rows] == fence.LIVE
+        around = _Around(np.flatnonzero(live).astype(np.int32), self.features)
+        while not around.finished:
+            around.step(self.streams, now_ms)
+        job = around.job(self.table, self.streams, now_ms)
+        self._take_scores(self._refresher.run_once(job))
+        self._tick()
+
+    def _take_scores(self, result: RefreshResult) -> None:
+        """Writes new scores to the rows that still hold the session that was scored."""
+        self.scores = result
+        self.first_scores.set()
+        self._recorder.scored(result)
+        if result.scores is None or result.order is None:
+            return
+        slots = result.slots
+        same = (self.streams.session[slots] == result.generations) & np.isfinite(result.scores)
+        self.streams.trend[slots[same]] = result.scores[same]
+        self.pipeline.snapshot.trend_order = result.order
+        self.pipeline.snapshot.views.clear()
+
+    # --- ranking ------------------------------------------------------------------------------
+
+    def _ready(self, waiting: list[_Waiting]) -> list[_Waiting]:
+        """Drops calls nobody waits for, parks those whose min_offset is still to come."""
+        now_s = time.monotonic()
+        ready: list[_Waiting] = []
+        parked: list[_Waiting] = []
+        for item in self._parked + waiting:
+            if not item.done.running() and not item.done.set_running_or_notify_cancel():
+                self._recorder.abandoned(len(item.queries))
+                continue
+            wanted = max(q.min_offset for q in item.queries)
+            if wanted <= self.applied_offset:
+                ready.append(item)
+            elif self._stopping or min(q.deadline_s for q in item.queries) <= now_s:
+                item.done.set_exception(
+                    OffsetNotReached(f"min_offset: {wanted} wanted, {self.applied_offset} applied")
+                )
+            else:
+                parked.append(item)
+        self._parked = parked
+        return ready
+
+    def _rank_batch(self, waiting: list[_Waiting]) -> None:
+        started_s = time.monotonic()
+        budget_s = max(self._batch_s, self.settings.rank.min_budget_ms / 1000)
+        in_time = [w for w in waiting if min(q.deadline_s for q in w.queries) - started_s >= budget_s]
+        late = [w for w in waiting if min(q.deadline_s for q in w.queries) - started_s < budget_s]
+        for items, popular in ((in_time, False), (late, True)):
+            if not items:
+                continue
+            try:
+                replies = self._rank_queries([q for w in items for q in w.queries], popular)
+            except Exception as error:
+                if not isinstance(error, LiverankError):
+                    logger.exception("unexpected fault while ranking")
+                    self._recorder.fault("rank")
+                for item in items:
+                    item.done.set_exception(error)
+                continue
+            at = 0
+            for item in items:
+                item.done.set_result(replies[at : at + len(item.queries)])
+                at += len(item.queries)
+        # Half-life of about 5 batches: follows load, ignores one slow batch.
+        self._batch_s += 0.13 * (min(time.monotonic() - started_s, 0.1) - self._batch_s)
+
+    def _rank_queries(self, queries: list[RankQuery], popular: bool) -> list[bytes]:
+        batch = build_batch(queries, self.table, self.streams.book)
+        started_s = time.monotonic()
+        slates = self.pipeline.popular(batch) if popular else self.pipeline.rank(batch)
+        state = self.reply_state(popular)
+        replies = self._encode(slates, state, self.table, started_s)
+        shown = slates.slots[slates.slots >= 0]
+        np.add.at(self.streams.exposures, shown, 1)
+        self._recorder.ranked(slates, state.level.name.lower(), started_s)
+        return replies
+
+    def reply_state(self, popular: bool = False) -> ReplyState:
+        """What replies disclose now."""
+        scores = self.scores
+        age_ms = max(0, self.clock.now_ms() - scores.as_of_ms)
+        if popular:
+            return ReplyState(
+                self.applied_offset,
+                "popular",
+                Level.POPULAR,
+                ("deadline: no time left to rank", *scores.reasons),
+                0,
+            )
+        version = scores.model_version or "formula"
+        return ReplyState(self.applied_offset, version, scores.level, scores.reasons, age_ms)
+
+
+class _Around:
+    """One way around the live rows: their features and rule bits, a chunk per tick."""
+
+    def __init__(self, slots: NDArray[np.int32], features: FeatureSet) -> None:
+        self.slots = slots
+        self._done = 0
+        self._sent = False
+        self._values = np.empty((len(slots), len(features)), np.float32)
+        self.states = np.empty((len(slots), len(features)), np.uint8)
+
+    @property
+    def finished(self) -> bool:
+        return self._sent
+
+    def step(self, streams: StreamState, now_ms: int) -> None:
+        """Assesses the next chunk."""
+        chunk = self.slots[self._done : self._done + ASSESS_CHUNK_ROWS]
+        if len(chunk):
+            found = streams.assess(chunk, now_ms)
+            self._values[self._done : self._done + len(chunk)] = found.values
+            self.states[self._done : self._done + len(chunk)] = found.states
+        self._done += len(chunk)
+        self._sent = self._done >= len(self.slots)
+
+    def job(self, table: LiveTable, streams: StreamState, now_ms: int) -> RefreshJob:
+        """The rows for the model. An empty table sends one row that belongs to nobody: it keeps the
+        connection warm and tells whether the model answers."""
+        if not len(self.slots):
+            probe = np.zeros((1, self._values.shape[1]), np.float32)
+            nobody = np.array([np.iinfo(np.uint32).max], np.uint32)
+            return RefreshJob(np.zeros(1, np.int32), nobody, probe, None, now_ms)
+        ids = table.columns.ids[self.slots].view("S64").reshape(-1)
+        return RefreshJob(self.slots, streams.session[self.slots], self._values, ids, now_ms)
+
+
+def _resolve(done: Future[object], function: Callable[[], object]) -> None:
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        done.set_result(function())
+    except Exception as error:  # noqa: BLE001 - handed to the caller, who maps it to a status
+        done.set_exception(error)

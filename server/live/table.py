@@ -1,0 +1,307 @@
+"""The live table: applies events, expires leases, knows what is live. One thread owns it.
+
+Everything here is a function of the log's records and their stamps (invariant 6):
+`expire(t1); expire(t2)` leaves the same columns as `expire(t2)`, and a row is chosen as the
+lowest free one, so the result does not depend on how often ticks ran in between.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels import fence
+from kernels.counters import COUNTERS, move_landmark, next_landmark, observe, scatter_decayed
+from kernels.dedup import WORDS
+from kernels.idmap import IdMap
+from server.config import TableSettings
+from server.live.columns import Columns
+from server.live.events import EventColumns, StartedRow
+from server.live.interner import Interner
+
+
+@dataclass(frozen=True)
+class End:
+    """A session that ended: what WatchEnded tells."""
+
+    stream_id: str
+    epoch: int
+    ended_ms: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a batch did. codes uint8[n] (0 applied), renewed bool[n], in the batch's order."""
+
+    codes: NDArray[np.uint8]
+    renewed: NDArray[np.bool_]
+    ends: list[End]
+    touched: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Expired:
+    """What the passing of time did."""
+
+    suspects: int
+    ends: list[End]
+
+
+# Which counters a kind of event adds to: its value to the first, 1 to the second.
+_FIRST = np.full(256, -1, np.int8)
+_SECOND = np.full(256, -1, np.int8)
+
+for _kind, _first, _second in (
+    (fence.VIEWER_COUNT, "viewers", "viewer_reports"),
+    (fence.JOINED, "joined", None),
+    (fence.LEFT, "left", None),
+    (fence.WATCHED, "watched", None),
+    (fence.CHATTED, "chatted", None),
+    (fence.LIKED, "liked", None),
+    (fence.FOLLOWED, "followed", None),
+    (fence.SHARED, "shared", None),
+    (fence.BID, "bid_value", "bid"),
+    (fence.PURCHASED, "purchase_value", "purchased"),
+    (fence.REPORTED, "reported", None),
+):
+    _FIRST[_kind] = COUNTERS.index(_first)
+    if _second is not None:
+        _SECOND[_kind] = COUNTERS.index(_second)
+
+
+class LiveTable:
+    """Rows of live, suspect and remembered streams.
+
+    Args:
+        embedding: float32[capacity, D], the search engine's own matrix: a written row is
+            visible to the next search.
+    """
+
+    def __init__(self, settings: TableSettings, embedding: NDArray[np.float32]) -> None:
+        if embedding.shape != (settings.capacity, settings.embedding_dim):
+            raise ValueError(
+                f"embedding: [{settings.capacity}, {settings.embedding_dim}] wanted, "
+                f"got {list(embedding.shape)}"
+            )
+        self.settings = settings
+        self.columns = Columns.allocate(settings.capacity, embedding)
+        self.titles: list[str] = [""] * settings.capacity
+        self.tags: list[tuple[str, ...]] = [()] * settings.capacity
+        self.creators, self.languages = Interner(), Interner()
+        self.categories, self.regions = Interner(), Interner()
+        self.rows = 0
+        """High-water mark: rows at and beyond it were never used."""
+        self.landmark_ms = 0
+        self.map = IdMap(self.columns.ids, self.columns.id_lengths)
+        self._free: list[int] = []
+        self._producers: dict[str, int] = {}
+        self._producer_used_ms: list[int] = []
+        self._highest = np.zeros(0, np.uint64)
+        self._window_bits = np.zeros((0, WORDS), np.uint64)
+
+    # --- events -------------------------------------------------------------------------------
+
+    def apply(self, events: EventColumns, applied_ms: int) -> Applied:
+        """Applies one batch as of ``applied_ms``; stamps never decrease.
+
+        A batch is the unit of the log, hence of determinism. Expires leases first, so that what a
+        heartbeat may renew does not depend on when the last tick ran.
+        """
+        expired = self.expire(applied_ms)
+        self._move_landmark(applied_ms)
+        slots = self.map.lookup(events.ids, events.id_lengths)
+        provisional = self._reserve_rows(events, slots)
+        producer = self._producer_row(events.producer_id, applied_ms)
+        n = len(events)
+        fenced = fence.fence_events(
+            self.columns.liveness(), slots, events.kind, events.epoch, events.time_ms, events.value,
+            events.media_sequence, np.full(n, producer, np.int32), events.sequence,
+            np.full(n, applied_ms, np.int64), self._highest, self._window_bits,
+            lease_ms=self.settings.lease_ms,
+            max_lateness_ms=self.settings.max_lateness_ms,
+            max_future_ms=self.settings.max_future_ms,
+        )  # fmt: skip
+        self.columns.clear_session(np.unique(slots[fenced.new_session]))
+        ok = fenced.codes == fence.APPLIED
+        self._write_attributes(events, slots, ok)
+        self._count(events, slots, ok)
+        for slot in provisional:
+            if self.columns.state[slot] == fence.FREE:
+                self._release(slot)
+        ends = expired.ends + self._ends_of(events, slots, fenced)
+        return Applied(fenced.codes, fenced.renewed, ends, np.unique(slots[ok]))
+
+    def _reserve_rows(self, events: EventColumns, slots: NDArray[np.int32]) -> list[int]:
+        """Gives unknown streams that start in this batch a row (in place in ``slots``), if one is left."""
+        provisional: list[int] = []
+        starting = np.flatnonzero((slots < 0) & (events.kind == fence.STARTED))
+        if not len(starting):
+            return provisional
+        for i in starting:
+            known = self.map.lookup(events.ids[i : i + 1], events.id_lengths[i : i + 1])[0]
+            if known >= 0 or (slot := self._take_row()) < 0:
+                continue
+            self.columns.ids[slot] = events.ids[i]
+            self.columns.id_lengths[slot] = events.id_lengths[i]
+            self.map.insert(slot)
+            provisional.append(slot)
+        unknown = slots < 0  # later events of a starting stream find its row too
+        slots[unknown] = self.map.lookup(events.ids[unknown], events.id_lengths[unknown])
+        return provisional
+
+    def _take_row(self) -> int:
+        if self._free:
+            return heapq.heappop(self._free)
+        if self.rows < self.settings.capacity:
+            self.rows += 1
+            return self.rows - 1
+        return -1
+
+    def _release(self, slot: int) -> None:
+        self.map.delete(slot)
+        self.columns.clear_row(slot)
+        self.titles[slot] = ""
+        self.tags[slot] = ()
+        heapq.heappush(self._free, slot)
+
+    def _producer_row(self, producer_id: str, applied_ms: int) -> int:
+        """Row of the producer's sequence window; the longest silent one gives way when all are taken."""
+        row = self._producers.get(producer_id)
+        if row is None:
+            if len(self._producers) < self.settings.max_producers:
+                row = len(self._producers)
+                if row >= self._highest.shape[0]:
+                    more = min(max(16, 2 * row), self.settings.max_producers)
+                    self._highest = np.concatenate([self._highest, np.zeros(more - row, np.uint64)])
+                    self._window_bits = np.concatenate(
+                        [self._window_bits, np.zeros((more - row, WORDS), np.uint64)]
+                    )
+                self._producer_used_ms.append(applied_ms)
+            else:
+                gone = min(
+                    self._producers, key=lambda name: (self._producer_used_ms[self._producers[name]], name)
+                )
+                row = self._producers.pop(gone)
+                self._highest[row] = 0
+                self._window_bits[row] = 0
+            self._producers[producer_id] = row
+        self._producer_used_ms[row] = applied_ms
+        return row
+
+    def _write_attributes(
+        self, events: EventColumns, slots: NDArray[np.int32], ok: NDArray[np.bool_]
+    ) -> None:
+        for i, started in events.started.items():
+            if ok[i] and events.epoch[i] == self.columns.epoch[slots[i]]:
+                self._write_started(int(slots[i]), started)
+
+    def _write_started(self, slot: int, started: StartedRow) -> None:
+        columns = self.columns
+        columns.creator[slot] = self.creators.intern(started.creator_id)
+        columns.language[slot] = self.languages.intern(started.language)
+        columns.category[slot] = self.categories.intern(started.category)
+        columns.region[slot] = self.regions.intern(started.region)
+        columns.age_rating[slot] = started.age_rating
+        columns.embedding[slot] = 0.0 if started.embedding is None else unit(started.embedding)
+        self.titles[slot] = started.title
+        self.tags[slot] = started.tags
+
+    def _count(self, events: EventColumns, slots: NDArray[np.int32], ok: NDArray[np.bool_]) -> None:
+        """Counters, gauges and sketches of the applied events that belong to the current session."""
+        columns = self.columns
+        current = ok.copy()
+        current[ok] &= (events.epoch[ok] == 0) | (events.epoch[ok] == columns.epoch[slots[ok]])
+        if not current.any():
+            return
+        at, kind = slots[current], events.kind[current]
+        value, time_ms = events.value[current], events.time_ms[current]
+        scatter_decayed(
+            columns.counters, at, _FIRST[kind], value, _SECOND[kind], np.ones(len(at), np.float64),
+            time_ms, self.landmark_ms,
+        )  # fmt: skip
+        observe(
+            at, time_ms, np.where(kind == fence.VIEWER_COUNT, value, -1.0), events.viewer_hash[current],
+            kind == fence.CHATTED, columns.last_event_ms, columns.viewers, columns.viewers_ms,
+            columns.viewer_registers, columns.chatter_registers,
+        )  # fmt: skip
+
+    def _ends_of(self, events: EventColumns, slots: NDArray[np.int32], fenced: fence.Fenced) -> list[End]:
+        ends = []
+        for i in np.flatnonzero(fenced.ended_epoch >= 0):
+            reason = events.ended_reason.get(int(i), "") if events.kind[i] == fence.END else "superseded"
+            ends.append(
+                End(self.stream_id(int(slots[i])), int(fenced.ended_epoch[i]), int(events.time_ms[i]), reason)
+            )
+        return ends
+
+    # --- time ---------------------------------------------------------------------------------
+
+    def expire(self, now_ms: int) -> Expired:
+        """LIVE past its lease → SUSPECT; SUSPECT past its grace → ENDED; old tombstones → free rows.
+
+        Cost: three passes over the state and one time column.
+        """
+        columns, rows, settings = self.columns, self.rows, self.settings
+        state = columns.state[:rows]
+        lapsed = np.flatnonzero((state == fence.LIVE) & (columns.lease_expires_ms[:rows] <= now_ms))
+        state[lapsed] = fence.SUSPECT
+        over_ms = columns.lease_expires_ms[:rows] + settings.grace_ms
+        ended = np.flatnonzero((state == fence.SUSPECT) & (over_ms <= now_ms))
+        ends: list[End] = []
+        if len(ended):
+            state[ended] = fence.ENDED
+            columns.ended_ms[ended] = over_ms[ended]
+            # In the order of time, so that subscribers hear the same sequence whatever the tick.
+            in_time = ended[np.lexsort((ended, over_ms[ended]))]
+            ends = [
+                End(self.stream_id(slot), int(columns.epoch[slot]), int(over_ms[slot]), "lease_expired")
+                for slot in in_time
+            ]
+        forgotten = np.flatnonzero(
+            (state == fence.ENDED)
+            & (columns.ended_ms[:rows] + settings.tombstone_ms <= now_ms)
+            & ((columns.moderation[:rows] & fence.MODERATED_BLOCKED) == 0)  # a block outlives sessions
+        )
+        for slot in forgotten:
+            self._release(int(slot))
+        columns.generation[forgotten] += 1
+        return Expired(len(lapsed), ends)
+
+    def _move_landmark(self, applied_ms: int) -> None:
+        if self.landmark_ms == 0:
+            self.landmark_ms = applied_ms
+        moved = next_landmark(applied_ms, self.landmark_ms)
+        if moved != self.landmark_ms:
+            move_landmark(self.columns.counters[: self.rows], self.landmark_ms, moved)
+            self.landmark_ms = moved
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def stream_id(self, slot: int) -> str:
+        """The id of a used row."""
+        return self.columns.ids[slot, : self.columns.id_lengths[slot]].tobytes().decode()
+
+    def live_mask(self, now_ms: int) -> NDArray[np.bool_]:
+        """bool[rows]: LIVE and inside its lease at ``now_ms``."""
+        return (self.columns.state[: self.rows] == fence.LIVE) & (
+            self.columns.lease_expires_ms[: self.rows] > now_ms
+        )
+
+    def count_states(self) -> tuple[int, int, int]:
+        """Rows that are (live, suspect, ended)."""
+        counts = np.bincount(self.columns.state[: self.rows], minlength=4)
+        return int(counts[fence.LIVE]), int(counts[fence.SUSPECT]), int(counts[fence.ENDED])
+
+
+def unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The vector at length 1, so that inner product is cosine; zero stays zero. float32[D]."""
+    wide = vector.astype(np.float64)
+    peak = float(np.abs(wide).max(initial=0.0))
+    if peak == 0.0:
+        return np.zeros_like(vector)
+    wide /= peak  # 1e38 squared is still finite in float64, but 1e-38 squared would vanish
+    return (wide / np.linalg.norm(wide)).astype(np.float32)

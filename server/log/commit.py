@@ -1,0 +1,129 @@
+"""Group commit: many waiting batches, one fsync, and one stamp of time for all of them.
+
+Owns the order of the log. Producers submit; one thread writes; the engine is handed what became
+durable, in order. `settled_ms` tells the engine how far table time may advance without running
+ahead of a batch that is stamped but not yet applied: that keeps recovery bit-identical.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from server.clock import Clock
+from server.errors import Draining, LogError, Overloaded
+from server.live.events import DecodedBatch
+from server.log.base import EventLog, Record
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING = 4096
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A decoded batch on its way to the log and the table. ``done`` resolves when it was applied."""
+
+    payload: bytes
+    batch: DecodedBatch
+    received_ms: int
+    done: Future[object]
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A submission that is durable under this record."""
+
+    record: Record
+    submission: Submission
+
+
+class GroupCommit:
+    """The writer thread of an event log.
+
+    Args:
+        committed: called from the writer thread with what became durable, in log order.
+    """
+
+    def __init__(
+        self, log: EventLog, clock: Clock, group_rows: int, committed: Callable[[list[Committed]], None]
+    ) -> None:
+        self._log, self._clock, self._group_rows, self._committed = log, clock, group_rows, committed
+        self._wake = threading.Condition()
+        self._waiting: deque[Submission] = deque()
+        self._unapplied: deque[int] = deque()  # stamps of groups written or being written, not yet applied
+        last = log.last
+        self._offset = last.offset if last else 0
+        self._stamp_ms = last.applied_ms if last else 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, submission: Submission) -> None:
+        """Queues a batch.
+
+        Raises:
+            Draining: the writer was stopped. Overloaded: too many batches are waiting.
+        """
+        with self._wake:
+            if self._stopping:
+                raise Draining("the log is closed for writing")
+            if len(self._waiting) >= MAX_WAITING:
+                raise Overloaded(f"{MAX_WAITING} batches are already waiting for the log")
+            self._waiting.append(submission)
+            self._wake.notify()
+
+    def settled_ms(self) -> int:
+        """The latest time to which the table may be advanced now; never decreases."""
+        with self._wake:
+            if self._unapplied:
+                return self._unapplied[0]
+            # Batches stamped from here on are stamped at least this late.
+            self._stamp_ms = max(self._stamp_ms, self._clock.now_ms())
+            return self._stamp_ms
+
+    def applied(self, groups: int) -> None:
+        """The engine has applied this many groups more."""
+        with self._wake:
+            for _ in range(groups):
+                self._unapplied.popleft()
+
+    def stop(self) -> None:
+        """Writes what is waiting, then ends the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._waiting or self._stopping)
+                if not self._waiting:
+                    return
+                size = min(len(self._waiting), self._group_rows)
+                group = [self._waiting.popleft() for _ in range(size)]
+                self._stamp_ms = max(self._stamp_ms, self._clock.now_ms())
+                stamp_ms = self._stamp_ms
+                self._unapplied.append(stamp_ms)
+            records = [
+                Record(self._offset + 1 + i, stamp_ms, submission.payload)
+                for i, submission in enumerate(group)
+            ]
+            try:
+                self._log.append(records)
+            except LogError as error:
+                logger.error("refusing %d batches: %s", len(group), error)
+                with self._wake:
+                    self._unapplied.pop()
+                for submission in group:
+                    submission.done.set_exception(error)
+                continue
+            self._offset += len(records)
+            self._committed([Committed(r, s) for r, s in zip(records, group, strict=True)])

@@ -1,0 +1,218 @@
+"""The way of a batch of requests: retrieve → merge → blend → select → verify. Columns all the way."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.blend import blend
+from kernels.merge import merge_candidates
+from kernels.slate import Slates, select_slates
+from kernels.verify import FilterColumns, verify_picks
+from server.clock import Clock
+from server.config import Settings
+from server.live.table import LiveTable
+from server.ranking.slates import Candidates, SlateBatch, StageTimes
+from server.retrieval.base import SearchEngine
+from server.retrieval.query import FilterKey, QueryBatch
+from server.retrieval.sources import SOURCES, Batch, bit_of
+from server.retrieval.streams import StreamState
+from server.retrieval.view import Snapshot, View
+
+
+class Pipeline:
+    """Ranks batches against the table. Called by the engine thread only."""
+
+    def __init__(
+        self, settings: Settings, clock: Clock, table: LiveTable, streams: StreamState, search: SearchEngine
+    ) -> None:
+        self._settings, self._clock = settings, clock
+        self._table, self._streams, self._search = table, streams, search
+        self._followed_bit, self._fresh_bit = bit_of("followed"), bit_of("fresh")
+        self.snapshot = Snapshot(table, streams, settings.retrieval, 0, np.zeros(0, np.int32))
+
+    def rank(self, batch: QueryBatch) -> SlateBatch:
+        """The whole way of B requests.
+
+        Every stage either keeps or counts: kept + removed = offered, stage by stage.
+        """
+        clock = _StageClock()
+        filters = self.snapshot.filter_columns(batch.filters)
+        views = [self._view(key, filters, v) for v, key in enumerate(batch.filters)]
+        candidates = self._retrieve(batch, views)
+        clock.stage("retrieve_us")
+        utility, similarity = self._blend(batch, candidates[0], candidates[1])
+        scored = Candidates(*candidates, utility, similarity)
+        clock.stage("blend_us")
+        selected = self._select(batch, scored)
+        clock.stage("select_us")
+        return self._verify(batch, filters, scored, selected, clock)
+
+    def popular(self, batch: QueryBatch) -> SlateBatch:
+        """The cached popular list, for requests with no time left to rank; verified all the same."""
+        clock = _StageClock()
+        filters = self.snapshot.filter_columns(batch.filters)
+        b, slots = len(batch), self.snapshot.popular
+        excluded = [
+            batch.excluded[i:j]
+            for i, j in zip(batch.excluded_offsets, batch.excluded_offsets[1:], strict=False)
+        ]
+        rows = [slots[~np.isin(slots, gone)] for gone in excluded]
+        picks = np.full((b, max([1, *map(len, rows)])), -1, np.int32)
+        for i, row in enumerate(rows):
+            picks[i, : len(row)] = row
+        n_picks = np.array([len(row) for row in rows], np.int32)
+        now_ms = self._clock.now_ms()
+        kept, counts, drops = self._last_check(batch, filters, picks, n_picks, now_ms)
+        shown = np.take_along_axis(picks, np.maximum(kept, 0), axis=1)
+        viewers = self._table.columns.viewers[np.maximum(shown, 0)]
+        clock.stage("verify_us")
+        width = max(1, int(counts.max(initial=0)))
+        return SlateBatch(
+            batch=batch,
+            slots=np.where(kept >= 0, shown, -1)[:, :width],
+            counts=counts,
+            scores=viewers[:, :width],
+            sources=np.zeros((b, width), np.uint32),
+            exploration=np.zeros((b, width), np.float32),
+            as_of_ms=now_ms,
+            times=clock.times(),
+            picks=picks,
+            drops=drops,
+            popular=True,
+        )
+
+    # --- stages -------------------------------------------------------------------------------
+
+    def _view(self, key: FilterKey, filters: FilterColumns, v: int) -> View:
+        """The filter's view of this tick, built on first use."""
+        view = self.snapshot.views.get(key)
+        if view is None:
+            eligible = self.snapshot.eligible(filters, v)
+            found = [
+                (source.view(self.snapshot, eligible), 1 << i)
+                for i, source in enumerate(SOURCES)
+                if source.view is not None
+            ]
+            slots = np.concatenate([slots for slots, _ in found])
+            sources = np.concatenate([np.full(len(slots), bit, np.uint32) for slots, bit in found])
+            # Merged here once, so that requests merge only what is theirs.
+            merged, bits, counts, _ = merge_candidates(
+                slots, sources, np.array([0, len(slots)]), np.zeros(0, np.int32), np.zeros(2, np.int64),
+                self._table.rows,
+            )  # fmt: skip
+            view = View(eligible, merged[0, : counts[0]], bits[0, : counts[0]])
+            self.snapshot.views[key] = view
+        return view
+
+    def _retrieve(
+        self, batch: QueryBatch, views: list[View]
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint32], NDArray[np.int32], NDArray[np.int32]]:
+        """Candidates of every request: its view's, then those of the query sources; merged, attributed."""
+        eligible = np.stack([view.eligible for view in views])
+        work = Batch(batch, self.snapshot, eligible, self._search)
+        found = [(source.query(work), 1 << i) for i, source in enumerate(SOURCES) if source.query is not None]
+        slots: list[NDArray[np.int32]] = []
+        sources: list[NDArray[np.uint32]] = []
+        lengths = np.zeros(len(batch), np.int64)
+        for b in range(len(batch)):
+            view = views[batch.filter_of[b]]
+            slots.append(view.slots)
+            sources.append(view.sources)
+            for proposals, bit in found:
+                mine = proposals.slots[proposals.offsets[b] : proposals.offsets[b + 1]]
+                slots.append(mine)
+                sources.append(np.full(len(mine), bit, np.uint32))
+                lengths[b] += len(mine)
+            lengths[b] += len(view.slots)
+        return merge_candidates(
+            np.concatenate(slots), np.concatenate(sources), np.concatenate([[0], np.cumsum(lengths)]),
+            batch.excluded, batch.excluded_offsets, self._table.rows,
+        )  # fmt: skip
+
+    def _blend(
+        self, batch: QueryBatch, slots: NDArray[np.int32], sources: NDArray[np.uint32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        columns = self._table.columns
+        return blend(
+            slots, sources, batch.queries, self._streams.trend, self._streams.boost,
+            columns.started_ms, columns.embedding, batch.weights,
+            followed_bit=self._followed_bit, fresh_bit=self._fresh_bit,
+            now_ms=self.snapshot.now_ms, fresh_age_ms=self._settings.retrieval.fresh_age_ms,
+        )  # fmt: skip
+
+    def _select(self, batch: QueryBatch, candidates: Candidates) -> Slates:
+        columns = self._table.columns
+        return select_slates(
+            candidates.slots, candidates.utility, (candidates.sources & np.uint32(self._fresh_bit)) != 0,
+            columns.creator, columns.category, columns.embedding, columns.ids,
+            batch.limits, batch.explore_slots, batch.seeds,
+            batch.creator_caps, batch.category_caps, batch.diversity, self._settings.rank.reserve,
+        )  # fmt: skip
+
+    def _verify(
+        self,
+        batch: QueryBatch,
+        filters: FilterColumns,
+        candidates: Candidates,
+        selected: Slates,
+        clock: _StageClock,
+    ) -> SlateBatch:
+        """The last check, against the newest columns and the time now; gaps close from the reserve."""
+        at = np.maximum(selected.picks, 0)
+        picks = np.where(selected.picks >= 0, np.take_along_axis(candidates.slots, at, axis=1), -1)
+        n_picks = (selected.n_slate + selected.n_reserve).astype(np.int32)
+        now_ms = self._clock.now_ms()
+        kept, counts, drops = self._last_check(batch, filters, picks, n_picks, now_ms)
+        width = max(1, int(counts.max(initial=0)))
+        kept = kept[:, :width]
+        shown = kept >= 0
+        column = np.maximum(kept, 0)
+        candidate = np.take_along_axis(at, column, axis=1)
+        slots = np.where(shown, np.take_along_axis(picks, column, axis=1), -1)
+        clock.stage("verify_us")
+        return SlateBatch(
+            batch=batch,
+            slots=slots,
+            counts=counts,
+            scores=np.take_along_axis(candidates.utility, candidate, axis=1),
+            sources=np.take_along_axis(candidates.sources, candidate, axis=1),
+            exploration=np.take_along_axis(selected.exploration, column, axis=1),
+            as_of_ms=now_ms,
+            times=clock.times(),
+            picks=picks,
+            drops=drops,
+            candidates=candidates,
+            selected=selected,
+        )
+
+    def _last_check(
+        self,
+        batch: QueryBatch,
+        filters: FilterColumns,
+        picks: NDArray[np.int32],
+        n_picks: NDArray[np.int32],
+        now_ms: int,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
+        return verify_picks(
+            picks, n_picks, batch.limits, batch.filter_of, self._streams.row_columns(), filters,
+            self._streams.book.exclude_bits, now_ms,
+        )  # fmt: skip
+
+
+class _StageClock:
+    """Wall time between stages."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._us: dict[str, int] = {}
+
+    def stage(self, name: str) -> None:
+        now = time.perf_counter()
+        self._us[name] = int((now - self._last) * 1e6)
+        self._last = now
+
+    def times(self) -> StageTimes:
+        return StageTimes(**self._us)

@@ -1,0 +1,61 @@
+"""What a ranked batch is, before it is encoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.slate import Slates
+from server.retrieval.query import QueryBatch
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Wall time of the stages of one batch, microseconds."""
+
+    retrieve_us: int = 0
+    blend_us: int = 0
+    select_us: int = 0
+    verify_us: int = 0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """B x K candidates as they were scored; what Explain and the exposure record read.
+
+    slots int32[B, K] (-1 padding), sources uint32[B, K], counts int32[B], excluded int32[B] (dropped
+    because the request excludes them), utility and similarity float32[B, K].
+    """
+
+    slots: NDArray[np.int32]
+    sources: NDArray[np.uint32]
+    counts: NDArray[np.int32]
+    excluded: NDArray[np.int32]
+    utility: NDArray[np.float32]
+    similarity: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SlateBatch:
+    """Verified slates of B requests.
+
+    slots int32[B, L] padded with -1, counts int32[B], scores float32[B, L], sources uint32[B, L],
+    exploration float32[B, L] (propensity; 0: not exploration), as_of_ms: time of the last check.
+    picks int32[B, P] and drops uint8[B, P] say what the last check was offered and removed.
+    """
+
+    batch: QueryBatch
+    slots: NDArray[np.int32]
+    counts: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    sources: NDArray[np.uint32]
+    exploration: NDArray[np.float32]
+    as_of_ms: int
+    times: StageTimes
+    picks: NDArray[np.int32]
+    drops: NDArray[np.uint8]
+    candidates: Candidates | None = None
+    selected: Slates | None = None
+    popular: bool = False

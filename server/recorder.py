@@ -1,0 +1,160 @@
+"""Turns what the engine did into metrics. Called on the engine thread, after the work, never per stream."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels import fence
+from kernels.slate import Outcome
+from kernels.verify import Drop
+from liverank.v1 import ingest_pb2
+from server.live.events import KIND_NAMES, EventColumns, Rejection
+from server.live.features import FeatureSet, State
+from server.live.table import Applied, End, Expired, LiveTable
+from server.log.commit import Committed
+from server.ranking.slates import SlateBatch
+from server.retrieval.sources import SOURCES
+from server.retrieval.streams import StreamState
+from server.rules.bits import count_by_first_rule
+from server.scoring.refresh import RefreshResult
+from server.telemetry.metrics import Metrics
+
+_CAUSES = ("lease_expired", "superseded", "reconciled")
+
+
+class Recorder:
+    """Writes to `Metrics`; also keeps the two totals that Admin.Status reports."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.events_applied = 0
+        self.events_rejected = 0
+
+    def applied(self, events: EventColumns, applied: Applied) -> None:
+        """One batch went through the table."""
+        ok = applied.codes == fence.APPLIED
+        self.events_applied += int(np.count_nonzero(ok))
+        for kind, count in enumerate(np.bincount(events.kind[ok], minlength=1)):
+            if count:
+                self.metrics.events.labels(KIND_NAMES[kind]).inc(int(count))
+        for code, count in enumerate(np.bincount(applied.codes[~ok], minlength=1)):
+            if count:
+                self._rejected(code, int(count))
+        stalled = np.count_nonzero(ok & (events.kind == fence.HEARTBEAT) & ~applied.renewed)
+        self.metrics.heartbeats_stalled.inc(int(stalled))
+
+    def malformed(self, rejected: list[Rejection]) -> None:
+        """Events refused before the table saw them. Any thread."""
+        for code, count in Counter(r.code for r in rejected).items():
+            self._rejected(code, count)
+
+    def _rejected(self, code: int, count: int) -> None:
+        self.events_rejected += count
+        self.metrics.events_rejected.labels(ingest_pb2.RejectCode.Name(code)).inc(count)
+
+    def acknowledged(self, committed: Committed, codes: NDArray[np.uint8], now_ms: int) -> None:
+        """A batch is durable and applied."""
+        seconds = max(0, now_ms - committed.submission.received_ms) / 1000
+        self.metrics.apply_seconds.observe(seconds)
+        kinds = committed.submission.batch.events.kind
+        for _ in range(int(np.count_nonzero((kinds == fence.END) & (codes == fence.APPLIED)))):
+            self.metrics.end_to_gone_seconds.observe(seconds)
+
+    def ended(self, ends: list[End]) -> None:
+        """Sessions ended. Reasons are free text, so only the known causes become labels."""
+        for end in ends:
+            self.metrics.ends.labels(end.reason if end.reason in _CAUSES else "end_event").inc()
+
+    def scored(self, result: RefreshResult) -> None:
+        """A score refresh came back."""
+        self.metrics.model_bad_rows.inc(result.model_rows_bad)
+
+    def model_called(self, outcome: str, seconds: float) -> None:
+        """The model was called (or skipped). Refresh thread."""
+        self.metrics.model_calls.labels(outcome).inc()
+        if outcome != "skipped":
+            self.metrics.model_seconds.observe(seconds)
+
+    def features(self, states: NDArray[np.uint8], features: FeatureSet) -> None:
+        """Completeness of the features of all live rows, states uint8[n, F]."""
+        n = max(1, len(states))
+        for state, name in ((State.MISSING, "missing"), (State.STALE, "stale")):
+            counts = np.count_nonzero(states == state, axis=0)
+            for feature, count in zip(features.names, counts, strict=True):
+                self.metrics.feature_missing_share.labels(feature, name).set(count / n)
+
+    def ranked(self, slates: SlateBatch, level: str, started_s: float) -> None:
+        """One batch was ranked and encoded."""
+        m, times = self.metrics, slates.times
+        for stage in ("retrieve_us", "blend_us", "select_us", "verify_us"):
+            m.stage_seconds.labels(stage.removesuffix("_us")).observe(getattr(times, stage) / 1e6)
+        now_s = time.monotonic()
+        for query in slates.batch.requests:
+            m.rank_seconds.observe(now_s - query.received_s)
+            m.stage_seconds.labels("queue").observe(max(0.0, started_s - query.received_s))
+        m.batch_rows.observe(len(slates.batch))
+        m.rank_requests.labels("ok", level).inc(len(slates.batch))
+        shown = slates.slots >= 0
+        m.served.inc(int(np.count_nonzero(shown)))
+        m.exploration_served.inc(int(np.count_nonzero(shown & (slates.exploration > 0))))
+        for i, source in enumerate(SOURCES):
+            bit = np.uint32(1 << i)
+            m.source_served.labels(source.name).inc(
+                int(np.count_nonzero(shown & ((slates.sources & bit) != 0)))
+            )
+            if slates.candidates is not None:
+                proposed = np.count_nonzero(slates.candidates.sources & bit)
+                m.source_candidates.labels(source.name).inc(int(proposed))
+        self._drops(slates)
+
+    def _drops(self, slates: SlateBatch) -> None:
+        drops = self.metrics.slate_drops
+        checked = np.bincount(slates.drops[slates.picks >= 0], minlength=len(Drop))
+        for drop in Drop:
+            if drop not in (Drop.KEPT, Drop.NOT_NEEDED) and checked[drop]:
+                drops.labels("verify", drop.name.lower()).inc(int(checked[drop]))
+        if slates.candidates is not None and slates.selected is not None:
+            if excluded := int(slates.candidates.excluded.sum()):
+                drops.labels("merge", "excluded").inc(excluded)
+            outcomes = np.bincount(slates.selected.outcome.ravel(), minlength=len(Outcome))
+            for outcome in (Outcome.CREATOR_CAP, Outcome.CATEGORY_CAP, Outcome.BELOW_LIMIT):
+                if outcomes[outcome]:
+                    drops.labels("select", outcome.name.lower()).inc(int(outcomes[outcome]))
+
+    def refused(self, method: str, code: str) -> None:
+        """A call was answered with an error status. Any thread."""
+        self.metrics.rpc_errors.labels(method, code).inc()
+        if method in ("Rank", "RankBatch"):
+            self.metrics.rank_requests.labels(code, "none").inc()
+
+    def abandoned(self, viewers: int) -> None:
+        """Callers went away before their turn."""
+        self.metrics.rank_requests.labels("abandoned", "none").inc(viewers)
+
+    def fault(self, where: str) -> None:
+        """An unexpected exception was caught and logged."""
+        self.metrics.rpc_errors.labels(where, "internal").inc()
+
+    def ticked(
+        self, table: LiveTable, streams: StreamState, expired: Expired, queue_rows: int, seconds: float
+    ) -> None:
+        """One tick passed."""
+        m = self.metrics
+        m.tick_seconds.observe(seconds)
+        m.lease_expiries.inc(expired.suspects)
+        for state, count in zip(("live", "suspect", "ended"), table.count_states(), strict=True):
+            m.streams.labels(state).set(count)
+        m.queue_rows.set(queue_rows)
+        live = table.columns.state[: table.rows] == fence.LIVE
+        for rule, count in count_by_first_rule(streams.book, streams.rule_bits[: table.rows][live]).items():
+            m.excluded_by_rule.labels(rule).set(count)
+
+    def disclosed(self, level: int, score_age_ms: int, applied_offset: int) -> None:
+        """What replies say about themselves now."""
+        self.metrics.degradation_level.set(level)
+        self.metrics.score_age_seconds.set(score_age_ms / 1000)
+        self.metrics.applied_offset.set(applied_offset)

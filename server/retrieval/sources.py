@@ -1,0 +1,156 @@
+"""Candidate sources. To add one, write one function here and decorate it; nothing else changes.
+
+A view source depends only on the filter and is run once per tick and filter. A query source depends on
+the request and is run once per batch. Both see only eligible rows: filters apply inside, never after.
+The place of a source in `SOURCES` is its bit in RankedStream.sources; replies carry the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.groups import first_per_group
+from server.retrieval.base import SearchEngine
+from server.retrieval.query import QueryBatch
+from server.retrieval.view import Snapshot
+
+Slots = NDArray[np.int32]
+ViewSource = Callable[[Snapshot, NDArray[np.bool_]], Slots]
+"""(snapshot, eligible bool[rows]) → slots int32[m], best first."""
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What a query source found: slots int32[T], query b's are offsets[b] to offsets[b + 1]."""
+
+    slots: Slots
+    offsets: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What query sources work on. eligible bool[V, rows]; query b uses eligible[filter_of[b]]."""
+
+    queries: QueryBatch
+    snapshot: Snapshot
+    eligible: NDArray[np.bool_]
+    search: SearchEngine
+
+
+QuerySource = Callable[[Batch], Proposals]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A registered source; exactly one of the two functions is set."""
+
+    name: str
+    view: ViewSource | None = None
+    query: QuerySource | None = None
+
+
+SOURCES: list[Source] = []
+
+
+def view_source(name: str) -> Callable[[ViewSource], ViewSource]:
+    """Registers a source that depends only on the filter."""
+
+    def register(function: ViewSource) -> ViewSource:
+        SOURCES.append(Source(name, view=function))
+        return function
+
+    return register
+
+
+def query_source(name: str) -> Callable[[QuerySource], QuerySource]:
+    """Registers a source that depends on the request."""
+
+    def register(function: QuerySource) -> QuerySource:
+        SOURCES.append(Source(name, query=function))
+        return function
+
+    return register
+
+
+def bit_of(name: str) -> int:
+    """The bit of a registered source."""
+    return 1 << next(i for i, source in enumerate(SOURCES) if source.name == name)
+
+
+@query_source("personal")
+def personal(batch: Batch) -> Proposals:
+    """Streams closest to the viewer's embedding."""
+    asked = np.flatnonzero(batch.queries.has_embedding)
+    k = batch.snapshot.settings.personal
+    counts = np.zeros(len(batch.queries), np.int64)
+    if not len(asked) or k == 0:
+        return Proposals(np.zeros(0, np.int32), _offsets(counts))
+    hits = batch.search.search(
+        batch.queries.queries[asked], batch.eligible, batch.queries.filter_of[asked], k
+    )
+    found = hits.slots >= 0
+    counts[asked] = found.sum(axis=1)
+    return Proposals(hits.slots[found], _offsets(counts))
+
+
+@view_source("trending")
+def trending(snapshot: Snapshot, eligible: NDArray[np.bool_]) -> Slots:
+    """Highest trend scores overall."""
+    order = snapshot.trend_order[snapshot.trend_order < len(eligible)]
+    return order[eligible[order]][: snapshot.settings.trending]
+
+
+@view_source("trending_in_category")
+def trending_in_category(snapshot: Snapshot, eligible: NDArray[np.bool_]) -> Slots:
+    """Highest trend scores of each category."""
+    table = snapshot.table
+    return first_per_group(
+        snapshot.trend_order, eligible, table.columns.category,
+        snapshot.settings.trending_per_group, len(table.categories),
+    )  # fmt: skip
+
+
+@view_source("trending_in_language")
+def trending_in_language(snapshot: Snapshot, eligible: NDArray[np.bool_]) -> Slots:
+    """Highest trend scores of each language."""
+    table = snapshot.table
+    return first_per_group(
+        snapshot.trend_order, eligible, table.columns.language,
+        snapshot.settings.trending_per_group, len(table.languages),
+    )  # fmt: skip
+
+
+@query_source("followed")
+def followed(batch: Batch) -> Proposals:
+    """Live streams of creators the viewer follows."""
+    queries, limit = batch.queries, batch.snapshot.settings.followed
+    counts = np.zeros(len(queries), np.int64)
+    if not len(queries.followed):
+        return Proposals(np.zeros(0, np.int32), _offsets(counts))
+    slots, creators = batch.snapshot.by_creator
+    first = np.searchsorted(creators, queries.followed, side="left")
+    last = np.searchsorted(creators, queries.followed, side="right")
+    found: list[Slots] = []
+    for b in range(len(queries)):
+        span = slice(queries.followed_offsets[b], queries.followed_offsets[b + 1])
+        runs = [slots[i:j] for i, j in zip(first[span], last[span], strict=True) if j > i]
+        mine = np.concatenate(runs) if runs else np.zeros(0, np.int32)
+        mine = mine[batch.eligible[queries.filter_of[b], mine]][:limit]
+        counts[b] = len(mine)
+        found.append(mine)
+    return Proposals(np.concatenate(found), _offsets(counts))
+
+
+@view_source("fresh")
+def fresh(snapshot: Snapshot, eligible: NDArray[np.bool_]) -> Slots:
+    """Young streams that few have seen."""
+    order = snapshot.fresh_order
+    return order[eligible[order]][: snapshot.settings.fresh]
+
+
+def _offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])

@@ -1,0 +1,99 @@
+"""What does not depend on the single request, computed once per tick: the snapshot, and per filter a view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.verify import FilterColumns, eligible_rows
+from server.config import RetrievalSettings
+from server.live.table import LiveTable
+from server.retrieval.query import FilterKey
+from server.retrieval.streams import StreamState
+
+
+@dataclass(frozen=True)
+class View:
+    """Candidates for one filter: eligible bool[rows], and the request-independent sources' proposals.
+
+    slots int32[m], sources uint32[m], in order of source.
+    """
+
+    eligible: NDArray[np.bool_]
+    slots: NDArray[np.int32]
+    sources: NDArray[np.uint32]
+
+
+@dataclass
+class Snapshot:
+    """The table as of one tick. Views are built on first use and kept until the next tick."""
+
+    table: LiveTable
+    streams: StreamState
+    settings: RetrievalSettings
+    now_ms: int
+    trend_order: NDArray[np.int32]
+    """Rows by trend score, best first, as of the last refresh; newer rows are not in it."""
+    views: dict[FilterKey, View] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return self.table.rows
+
+    @cached_property
+    def showable(self) -> NDArray[np.bool_]:
+        """bool[rows]: passes everything that does not depend on the viewer."""
+        bits = self.streams.rule_bits[: self.rows] & np.uint32(self.streams.book.exclude_bits)
+        return self.table.live_mask(self.now_ms) & (bits == 0)
+
+    @cached_property
+    def popular(self) -> NDArray[np.int32]:
+        """Slots by viewers, most first, at most 1,000: the list for when there is no time to rank."""
+        slots = np.flatnonzero(self.showable).astype(np.int32)
+        return slots[np.argsort(-self.table.columns.viewers[slots], kind="stable")][:1000]
+
+    @cached_property
+    def fresh_order(self) -> NDArray[np.int32]:
+        """Young rows, least exposed first, then newest."""
+        started_ms = self.table.columns.started_ms[: self.rows]
+        slots = np.flatnonzero(self.showable & (started_ms > self.now_ms - self.settings.fresh_age_ms))
+        by = np.lexsort((slots, -started_ms[slots], self.streams.exposures[slots]))
+        return slots[by].astype(np.int32)
+
+    @cached_property
+    def by_creator(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """(slots, their creators) of showable rows, sorted by creator."""
+        slots = np.flatnonzero(self.showable).astype(np.int32)
+        creators = self.table.columns.creator[slots]
+        order = np.argsort(creators, kind="stable")
+        return slots[order], creators[order]
+
+    def filter_columns(self, keys: list[FilterKey]) -> FilterColumns:
+        """The filters with their names looked up; names nobody has used match nothing."""
+        table = self.table
+        languages = np.zeros((len(keys), len(table.languages)), np.bool_)
+        categories = np.zeros((len(keys), len(table.categories)), np.bool_)
+        region = np.full(len(keys), -1, np.int32)
+        for v, key in enumerate(keys):
+            languages[v, table.languages.find(key.languages)] = True
+            categories[v, table.categories.find(key.categories)] = True
+            for number in table.regions.find([key.region] if key.region else []):
+                region[v] = number
+        return FilterColumns(
+            region=region,
+            max_age_rating=np.array([k.max_age_rating for k in keys], np.int32),
+            any_language=np.array([not k.languages for k in keys], np.bool_),
+            languages=languages,
+            any_category=np.array([not k.categories for k in keys], np.bool_),
+            categories=categories,
+        )
+
+    def eligible(self, filters: FilterColumns, v: int) -> NDArray[np.bool_]:
+        """bool[rows] for row ``v`` of ``filters``: the predicate of the last check, as of this tick."""
+        return eligible_rows(
+            self.streams.row_columns(), self.rows, filters, v,
+            np.uint32(self.streams.book.exclude_bits), self.now_ms,
+        )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Requests off the wire: checked field by field, then handed on without protobuf."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.idmap import ID_BYTES
+from server.config import Settings
+from server.errors import InvalidRequest
+from server.live.table import unit
+from server.retrieval.query import RankQuery
+
+MAX_NAMES = 1_000
+MAX_FILTERS = 64
+
+
+def decode_rank(
+    request: Any, settings: Settings, surfaces: Iterable[str], deadline_s: float, where: str = ""
+) -> RankQuery:
+    """Checks a RankRequest.
+
+    Args:
+        deadline_s: monotonic time by which the caller wants the answer.
+        where: prefix for field names in errors, such as ``requests[3].``.
+
+    Raises:
+        InvalidRequest: names the field and what is allowed.
+    """
+    for name in ("request_id", "viewer_id", "region"):
+        _short(where + name, getattr(request, name))
+    surface = request.surface or "default"
+    if surface not in surfaces:
+        raise InvalidRequest(
+            f"{where}surface", f"one of {', '.join(sorted(surfaces))} wanted, got {surface!r}"
+        )
+    limit = request.limit or settings.rank.default_limit
+    return RankQuery(
+        request_id=request.request_id,
+        viewer_id=request.viewer_id,
+        embedding=_embedding(request, settings.table.embedding_dim, where),
+        surface=surface,
+        limit=min(limit, settings.rank.max_limit),
+        limit_clamped=limit > settings.rank.max_limit,
+        languages=_names(f"{where}languages", request.languages, MAX_FILTERS),
+        categories=_names(f"{where}categories", request.categories, MAX_FILTERS),
+        region=request.region,
+        followed_creator_ids=_names(f"{where}followed_creator_ids", request.followed_creator_ids, MAX_NAMES),
+        exclude_stream_ids=_names(f"{where}exclude_stream_ids", request.exclude_stream_ids, MAX_NAMES),
+        min_offset=request.min_offset,
+        deadline_s=deadline_s,
+        received_s=time.monotonic(),
+    )
+
+
+def check_stream_id(field: str, stream_id: str) -> None:
+    """Raises InvalidRequest unless it is 1 to 64 bytes."""
+    if not 1 <= len(stream_id.encode()) <= ID_BYTES:
+        raise InvalidRequest(field, f"1 to {ID_BYTES} bytes wanted, got {len(stream_id.encode())}")
+
+
+def _embedding(request: Any, dim: int, where: str) -> NDArray[np.float32] | None:
+    """The viewer's embedding at unit length, float32[D]; None when not given (or all zero)."""
+    if not len(request.viewer_embedding):
+        return None
+    if len(request.viewer_embedding) != dim:
+        raise InvalidRequest(
+            f"{where}viewer_embedding", f"0 or {dim} floats wanted, got {len(request.viewer_embedding)}"
+        )
+    embedding = np.array(request.viewer_embedding, dtype=np.float32)
+    if not np.isfinite(embedding).all():
+        raise InvalidRequest(f"{where}viewer_embedding", "finite floats wanted, got NaN or infinity")
+    return unit(embedding)
+
+
+def _names(field: str, names: Any, most: int) -> tuple[str, ...]:
+    if len(names) > most:
+        raise InvalidRequest(field, f"at most {most} allowed, got {len(names)}")
+    for i, name in enumerate(names):
+        _short(f"{field}[{i}]", name)
+    return tuple(names)
+
+
+def _short(field: str, value: str) -> None:
+    if len(value) > ID_BYTES // 4 and len(value.encode()) > ID_BYTES:  # 4 bytes at most per character
+        raise InvalidRequest(field, f"at most {ID_BYTES} bytes allowed, got {len(value.encode())}")

@@ -1,0 +1,94 @@
+"""Errors to gRPC statuses: one table, one decorator around every method."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import grpc
+
+from server.errors import (
+    ConfigError,
+    Draining,
+    InvalidRequest,
+    LiverankError,
+    LogError,
+    NotFound,
+    OffsetNotReached,
+    Overloaded,
+    ReaderTooSlow,
+    Refused,
+    ResumeGone,
+    ScoringError,
+)
+from server.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+STATUS: dict[type[LiverankError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    ConfigError: grpc.StatusCode.INVALID_ARGUMENT,  # only reload_rules reads a file on behalf of a caller
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    Refused: grpc.StatusCode.FAILED_PRECONDITION,
+    OffsetNotReached: grpc.StatusCode.FAILED_PRECONDITION,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ResumeGone: grpc.StatusCode.OUT_OF_RANGE,
+    ReaderTooSlow: grpc.StatusCode.ABORTED,
+    Draining: grpc.StatusCode.UNAVAILABLE,
+    LogError: grpc.StatusCode.UNAVAILABLE,
+    ScoringError: grpc.StatusCode.INTERNAL,  # the ladder keeps these from callers; if one escapes it is a bug
+    LiverankError: grpc.StatusCode.INTERNAL,
+}
+RETRY_PUSHBACK_MS = "50"
+
+
+class CallerGone(Exception):
+    """The caller's deadline passed or it cancelled; nobody reads the answer."""
+
+
+def status_of(error: LiverankError) -> grpc.StatusCode:
+    """The status of the nearest class in the table."""
+    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+
+
+def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Maps errors of a unary method to statuses; nothing a caller sends may end in an unlogged fault."""
+
+    @functools.wraps(method)
+    def call(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return method(self, request, context)
+        except Exception as error:  # noqa: BLE001 - mapped, or logged with its traceback
+            _abort(self.recorder, method.__name__, error, context)
+
+    return call
+
+
+def guarded_stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """`guarded` for methods that yield."""
+
+    @functools.wraps(method)
+    def call(self: Any, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            yield from method(self, request, context)
+        except Exception as error:  # noqa: BLE001 - mapped, or logged with its traceback
+            _abort(self.recorder, method.__name__, error, context)
+
+    return call
+
+
+def _abort(recorder: Recorder, method: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
+    if isinstance(error, LiverankError):
+        code, message = status_of(error), str(error)
+    elif isinstance(error, CallerGone):
+        code, message = grpc.StatusCode.DEADLINE_EXCEEDED, "the caller stopped waiting"
+    else:
+        logger.exception("unexpected fault in %s", method)
+        code, message = grpc.StatusCode.INTERNAL, f"{method}: internal fault; see the server's log"
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        context.set_trailing_metadata((("grpc-retry-pushback-ms", RETRY_PUSHBACK_MS),))
+    recorder.refused(method, code.name)
+    context.abort(code, message)
+    raise AssertionError("abort raises")

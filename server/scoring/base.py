@@ -1,0 +1,39 @@
+"""What a scorer is: features in, one trend score per row out, or a ScoringError."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The model's answer.
+
+    values: float32[n], calibrated probability in [0, 1]; a row may be non-finite (the ladder handles it).
+    model_version: such as "trendiness/1".
+    """
+
+    values: NDArray[np.float32]
+    model_version: str
+
+
+class Scorer(Protocol):
+    """A trendiness model behind some transport. Called from one thread at a time."""
+
+    name: str
+
+    def score(self, features: NDArray[np.float32], deadline_s: float) -> Scores:
+        """Scores float32[n, F] rows; never answers after ``deadline_s`` seconds.
+
+        Raises:
+            ScorerUnavailable, ScorerTimeout, BadScores, SchemaMismatch.
+        """
+        ...
+
+    def close(self) -> None:
+        """Releases connections; idempotent."""
+        ...

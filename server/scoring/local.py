@@ -1,0 +1,142 @@
+"""Scores in this process with onnxruntime, from the same repository that Triton serves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from server.errors import BadScores, SchemaMismatch, ScorerTimeout, ScorerUnavailable, ScoringError
+from server.scoring.base import Scores
+from server.scoring.model_config import INPUT, OUTPUT, SCHEMA_PARAMETER, check_config, parse_config
+from server.scoring.shapes import checked_features, checked_scores
+
+log = logging.getLogger(__name__)
+
+# onnxruntime's exceptions share no base class but Exception; ValueError is its answer to unknown names.
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    *(getattr(ort_state, name) for name in (
+        "EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelLoaded",
+        "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException",
+    )),
+    RuntimeError,
+    ValueError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Model:
+    version: int
+    session: onnxruntime.InferenceSession
+
+
+class LocalScorer:
+    """The highest version in ``model_repository/model_name``. Called from one thread; loads when first used.
+
+    A new, higher version directory is picked up by the next call, so it must appear complete (written
+    elsewhere, then renamed). One that cannot be used is logged and not tried again while an older one serves.
+    """
+
+    name = "local"
+
+    def __init__(self, model_repository: Path, model_name: str, feature_schema: str, n_features: int) -> None:
+        self._folder = Path(model_repository) / model_name
+        self._name = model_name
+        self._feature_schema = feature_schema
+        self._n_features = n_features
+        self._model: _Model | None = None
+        self._refused_version: int | None = None
+
+    def score(self, features: NDArray[np.float32], deadline_s: float) -> Scores:
+        """See Scorer.score."""
+        rows = checked_features(features, self._n_features)
+        ends_at = time.monotonic() + deadline_s
+        model = self._newest()
+        label = f"{self._name}/{model.version}"
+        values = _run(model.session, rows, ends_at - time.monotonic(), label)
+        if time.monotonic() > ends_at:
+            raise ScorerTimeout(f"{label} answered after {deadline_s * 1e3:.0f} ms")
+        return Scores(checked_scores(values, len(rows), label), label)
+
+    def close(self) -> None:
+        """See Scorer.close."""
+        self._model = None
+
+    def _newest(self) -> _Model:
+        version = max(self._versions(), default=None)
+        if version is None:
+            if self._model is not None:
+                return self._model
+            raise ScorerUnavailable(f"{self._folder} holds no <version>/model.onnx")
+        if self._model is None:
+            self._model = self._load(version)
+        elif version not in (self._model.version, self._refused_version):
+            try:
+                self._model = self._load(version)
+            except ScoringError as error:
+                self._refused_version = version
+                log.error("keeping %s/%d: %s", self._name, self._model.version, error)
+        return self._model
+
+    def _versions(self) -> list[int]:
+        names = [path.parent.name for path in self._folder.glob("*/model.onnx")]
+        return [int(name) for name in names if name.isdecimal()]
+
+    def _load(self, version: int) -> _Model:
+        label = f"{self._name}/{version}"
+        try:
+            config = parse_config((self._folder / "config.pbtxt").read_text())
+        except OSError as error:
+            raise ScorerUnavailable(f"{label}: {error}") from error
+        check_config(config, label, self._feature_schema, self._n_features)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = max(1, min(2, os.cpu_count() or 1))
+        options.inter_op_num_threads = 1
+        # Waiting threads must not burn the cores that answer requests.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        path = self._folder / str(version) / "model.onnx"
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except ORT_ERRORS as error:
+            raise ScorerUnavailable(f"{label}: {error}") from error
+        # One config.pbtxt covers all versions; what the file itself says about its schema counts as well.
+        built_for = session.get_modelmeta().custom_metadata_map.get(SCHEMA_PARAMETER, self._feature_schema)
+        if built_for != self._feature_schema:
+            raise SchemaMismatch(
+                f"{label} was built for feature schema {built_for!r}, "
+                f"this server has {self._feature_schema!r}"
+            )
+        log.info("loaded %s", label)
+        return _Model(version, session)
+
+
+def _run(
+    session: onnxruntime.InferenceSession, rows: NDArray[np.float32], left_s: float, label: str
+) -> NDArray[np.float32]:
+    """Runs the model, and stops it between two of its operators once ``left_s`` seconds are over."""
+    options = onnxruntime.RunOptions()
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        options.terminate = True
+
+    timer = threading.Timer(max(left_s, 0.0), expire)
+    timer.start()
+    try:
+        values: NDArray[np.float32] = session.run([OUTPUT], {INPUT: rows}, options)[0]
+    except ORT_ERRORS as error:
+        if expired.is_set():
+            raise ScorerTimeout(f"{label} was stopped at the deadline") from error
+        raise BadScores(f"{label}: {error}") from error
+    finally:
+        timer.cancel()
+    return values

@@ -1,0 +1,132 @@
+"""All Prometheus metrics, in one registry per server. Labels are bounded sets; no stream or viewer ids."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class Metrics:
+    """The server's metrics. Names start with ``liverank_``; units are in the names."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.stage_seconds = Histogram(
+            "liverank_stage_seconds",
+            "Wall time of a stage of one rank batch",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.rank_seconds = Histogram(
+            "liverank_rank_seconds", "Rank: request decoded to reply encoded", buckets=_SECONDS, registry=r
+        )
+        self.batch_rows = Histogram(
+            "liverank_batch_rows",
+            "Viewers ranked together",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+            registry=r,
+        )
+        self.rank_requests = Counter(
+            "liverank_rank_requests_total", "Ranked viewers by outcome", ["status", "degradation"], registry=r
+        )
+        self.rpc_errors = Counter(
+            "liverank_rpc_errors_total", "Calls refused or failed", ["method", "code"], registry=r
+        )
+        self.events = Counter("liverank_events_total", "Events applied", ["type"], registry=r)
+        self.events_rejected = Counter(
+            "liverank_events_rejected_total", "Events refused", ["code"], registry=r
+        )
+        self.heartbeats_stalled = Counter(
+            "liverank_heartbeats_stalled_total",
+            "Heartbeats without media progress: no lease renewed",
+            registry=r,
+        )
+        self.streams = Gauge("liverank_streams", "Rows of the table by state", ["state"], registry=r)
+        self.capacity_rows = Gauge("liverank_capacity_rows", "Rows of the table", registry=r)
+        self.lease_expiries = Counter(
+            "liverank_lease_expiries_total", "Streams hidden because their lease ran out", registry=r
+        )
+        self.ends = Counter("liverank_ends_total", "Sessions ended, by cause", ["cause"], registry=r)
+        self.end_to_gone_seconds = Histogram(
+            "liverank_end_to_gone_seconds",
+            "End event received to gone from every later reply",
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.source_candidates = Counter(
+            "liverank_source_candidates_total",
+            "Candidates proposed (one may count for several sources)",
+            ["source"],
+            registry=r,
+        )
+        self.source_served = Counter(
+            "liverank_source_served_total",
+            "Streams served (one may count for several sources)",
+            ["source"],
+            registry=r,
+        )
+        self.exploration_served = Counter(
+            "liverank_exploration_served_total", "Streams served in exploration slots", registry=r
+        )
+        self.served = Counter("liverank_served_total", "Streams served", registry=r)
+        self.excluded_by_rule = Gauge(
+            "liverank_streams_excluded",
+            "Streams kept out now, by first rule that excludes them",
+            ["rule"],
+            registry=r,
+        )
+        self.slate_drops = Counter(
+            "liverank_slate_drops_total", "Removed on the way to a slate, by stage and reason",
+            ["stage", "reason"], registry=r,
+        )  # fmt: skip
+        self.score_age_seconds = Gauge(
+            "liverank_score_age_seconds", "Age of the stream scores in use", registry=r
+        )
+        self.degradation_level = Gauge(
+            "liverank_degradation_level", "0 model, 1 last good scores, 2 formula, 3 popular", registry=r
+        )
+        self.model_calls = Counter(
+            "liverank_model_calls_total", "Calls of the trendiness model", ["outcome"], registry=r
+        )
+        self.model_seconds = Histogram(
+            "liverank_model_seconds", "Time of a call of the trendiness model", buckets=_SECONDS, registry=r
+        )
+        self.model_bad_rows = Counter(
+            "liverank_model_bad_rows_total", "Rows that the model scored non-finite", registry=r
+        )
+        self.feature_missing_share = Gauge(
+            "liverank_feature_missing_share", "Share of live streams for which a feature is missing or stale",
+            ["feature", "state"], registry=r,
+        )  # fmt: skip
+        self.tick_seconds = Histogram(
+            "liverank_tick_seconds", "Time of one engine tick", buckets=_SECONDS, registry=r
+        )
+        self.apply_seconds = Histogram(
+            "liverank_apply_seconds",
+            "Batch of events received to applied and durable",
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.queue_rows = Gauge("liverank_queue_rows", "Viewers waiting to be ranked", registry=r)
+        self.applied_offset = Gauge("liverank_applied_offset", "Last log offset applied", registry=r)
+        self.watchers = Gauge("liverank_watchers", "Open WatchEnded calls", registry=r)
+
+    def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
+        """Starts the scrape endpoint; returns its port and how to stop it."""
+        server: WSGIServer
+        thread: threading.Thread
+        server, thread = start_http_server(port, addr=host, registry=self.registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return int(server.server_port), stop
