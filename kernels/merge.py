@@ -90,7 +90,7 @@ def merge_candidates(
         slots, sources, offsets, excluded, excluded_offsets, n_slots, max(width, 1)
     )
     used = max(1, int(counts.max(initial=0)))
-    return out[:, :used], bits[:, :used], counts, dropped
+    return np.ascontiguousarray(out[:, :used]), np.ascontiguousarray(bits[:, :used]), counts, dropped
 
 
 def merge_candidates_reference(

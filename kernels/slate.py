@@ -45,8 +45,9 @@ class Slates:
     """The choice for each row of the batch; W = greatest limit + reserve.
 
     ``picks`` int32[B, W]: indices into the row's candidates; n_slate of the slate in order, then n_reserve of
-    the reserve best first, then -1. ``exploration`` float32[B, W]: the probability with which a pick was drawn,
-    0 for one that was not. ``n_slate``, ``n_reserve`` int32[B]. ``outcome`` uint8[B, K]: see :class:`Outcome`.
+    the reserve best first, then -1. ``exploration`` float32[B, W]: the probability with which a pick was
+    drawn, 0 for one that was not. ``n_slate``, ``n_reserve`` int32[B]. ``outcome`` uint8[B, K]: see
+    :class:`Outcome`.
     """
 
     picks: NDArray[np.int32]
@@ -75,12 +76,12 @@ def select_slates(
     """Chooses a slate and its reserve for every row.
 
     A non-finite utility ranks below every finite one. Equal values go by stream id, ascending bytes. Then
-    m = min(explore_slots, limit, explorable candidates) places are kept for exploration: after limit − m greedy
-    picks, m streams are drawn one by one, each uniformly from the explorable candidates that are not chosen and
-    within their caps (splitmix64 from the row's seed; the pool is in order of utility, then id). A place for
-    which the pool is empty goes back to greedy. Draw j of d stands at place ⌊(j + 1)·n_slate / (d + 1)⌋.
-    The reserve continues greedily; caps and diversity count the slate. The order of candidates in a row does
-    not matter.
+    m = min(explore_slots, limit, explorable candidates) places are kept for exploration: after limit − m
+    greedy picks, m streams are drawn one by one, each uniformly from the explorable candidates that are not
+    chosen and within their caps (splitmix64 from the row's seed; the pool is in order of utility, then id). A
+    place for which the pool is empty goes back to greedy. Draw j of d stands at place ⌊(j + 1)·n_slate / (d +
+    1)⌋. The reserve continues greedily; caps and diversity count the slate. The order of candidates in a row
+    does not matter.
 
     Args:
         slots: int32[B, K] in [-1, C), -1 is padding. A slot twice in a row is the caller's error: it could be
@@ -153,7 +154,7 @@ def select_slates_reference(
         limit = int(limits[b])
         places = min(int(explore_slots[b]), limit, int(explorable[b, valid].sum()))
         slate = greedy.take(limit - places)
-        pool_order = sorted(range(row.size), key=lambda i: (-worth[i], names[i]))  # noqa: B023 (used at once)
+        pool_order = sorted(range(row.size), key=lambda i: (-worth[i], names[i]))
         state = int(seeds[b])
         drawn: list[tuple[int, float]] = []
         for _ in range(places):
@@ -206,12 +207,14 @@ class _EagerGreedy:
 
     def creator_full(self) -> NDArray[np.bool_]:
         taken = self._creators[self._chosen]
-        return (self._creators[:, None] == taken).sum(axis=1) >= self._creator_cap
+        full: NDArray[np.bool_] = (self._creators[:, None] == taken).sum(axis=1) >= self._creator_cap
+        return full
 
     def category_full(self) -> NDArray[np.bool_]:
         taken = self._categories[self._chosen]
-        full: NDArray[np.bool_] = (self._categories[:, None] == taken).sum(axis=1) >= self._category_cap
-        return full & (self._categories != 0)
+        places = (self._categories[:, None] == taken).sum(axis=1)
+        full: NDArray[np.bool_] = (places >= self._category_cap) & (self._categories != 0)
+        return full
 
     def allowed(self) -> NDArray[np.bool_]:
         return ~(self._chosen | self.creator_full() | self.category_full())
@@ -229,7 +232,7 @@ class _EagerGreedy:
             if allowed.size == 0:
                 break
             values = self._worth - self._diversity * self._penalty if self._diversity > 0 else self._worth
-            best = min(allowed, key=lambda i: (-values[i], self._names[i]))  # noqa: B023 (used at once)
+            best = min(allowed, key=lambda i: (-values[i], self._names[i]))
             self.choose(int(best))
             taken.append(int(best))
         return taken
@@ -322,7 +325,11 @@ def _id_before(ids: NDArray[np.uint8], one: int, other: int) -> bool:
 
 @njit(cache=True, nogil=True)
 def _order_ties_by_id(
-    order: NDArray[np.int32], worth: NDArray[np.float32], row: NDArray[np.int32], ids: NDArray[np.uint8], n: int
+    order: NDArray[np.int32],
+    worth: NDArray[np.float32],
+    row: NDArray[np.int32],
+    ids: NDArray[np.uint8],
+    n: int,
 ) -> None:
     """Binary insertion within each run of equal worth; ``row`` int32[K] gives a candidate's slot."""
     start = 0
@@ -380,7 +387,7 @@ def _best(
     ids: NDArray[np.uint8],
     weight: np.float32,
 ) -> int:
-    """Position of the best free candidate within its caps, or -1. Positions are in order of worth, then id."""
+    """Position of the best free candidate within its caps, or -1; positions go by worth, then id."""
     best = -1
     best_value = np.float32(-np.inf)
     for p in range(first, n):
@@ -395,7 +402,9 @@ def _best(
             continue  # its penalty can only have grown
         slot = row[p]
         category = categories[slot]
-        if _among(full[0], n_full[0], creators[slot]) or (category != 0 and _among(full[1], n_full[1], category)):
+        if _among(full[0], n_full[0], creators[slot]) or (
+            category != 0 and _among(full[1], n_full[1], category)
+        ):
             free[p] = False  # places are never given back
             continue
         if weight > 0:
@@ -415,10 +424,8 @@ def _best(
 
 
 @njit(cache=True, nogil=True)
-def _count_place(
-    value: int, taken: NDArray[np.int32], n: int, cap: int, full: NDArray[np.int32]
-) -> int:
-    """Notes that a value took place n; returns 1, having noted it in ``full``, if it has now reached its cap."""
+def _count_place(value: int, taken: NDArray[np.int32], n: int, cap: int, full: NDArray[np.int32]) -> int:
+    """Notes that a value took place n; returns 1, having put it in ``full``, if it is now at its cap."""
     taken[n] = value
     places = 0
     for i in range(n + 1):
@@ -476,7 +483,7 @@ def _select(
             order[n] = candidate
             value = utility[b, candidate]
             worth[n] = value if np.isfinite(value) else np.float32(-np.inf)
-            n_explorable += explorable[b, candidate]
+            n_explorable += int(explorable[b, candidate])
             n += 1
         _order_ties_by_id(order, worth, slots[b], ids, n)
         for p in range(n):
@@ -485,8 +492,8 @@ def _select(
         penalty[:n] = 0.0
         compared[:n] = 0
         n_full[:] = 0
-        limit = np.int64(limits[b])
-        places = min(np.int64(explore_slots[b]), limit, n_explorable)
+        limit = int(limits[b])
+        places = min(int(explore_slots[b]), limit, n_explorable)
         state = seeds[b]
         first = n_chosen = n_greedy = n_drawn = n_spare = 0
         # Phases: 0 greedy up to limit − places, 1 draws, 2 greedy up to the limit, 3 reserve.
@@ -549,8 +556,12 @@ def _select(
             slot = row[best]
             for i in range(embeddings.shape[1]):
                 chosen[n_chosen, i] = embeddings[slot, i]
-            n_full[0] += _count_place(creators[slot], taken[0], n_chosen, creator_caps[b], full[0, n_full[0] :])
-            n_full[1] += _count_place(categories[slot], taken[1], n_chosen, category_caps[b], full[1, n_full[1] :])
+            n_full[0] += _count_place(
+                creators[slot], taken[0], n_chosen, creator_caps[b], full[0, n_full[0] :]
+            )
+            n_full[1] += _count_place(
+                categories[slot], taken[1], n_chosen, category_caps[b], full[1, n_full[1] :]
+            )
             n_chosen += 1
 
         length = n_greedy + n_drawn

@@ -7,8 +7,8 @@ property of the row. The canonical score is: the exact products summed in float6
 score lies within the rounding bound of the k-th is scored canonically. So equal embeddings have equal scores,
 a query's answer does not depend on the batch it came in, and another engine can give bit-identical answers.
 
-The rounding bound uses four times the longest row of a strided sample. A row longer than that may be misplaced
-against neighbours that differ from it by float32 rounding, and by nothing more.
+The rounding bound uses four times the longest row of a strided sample. A row longer than that may be
+misplaced against neighbours that differ from it by float32 rounding, and by nothing more.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ def masked_topk(
 
     Args:
         queries: float32[B, D].
-        table: float32[N, D], rows contiguous. NaN and infinities are allowed: such rows are never returned.
+        table: float32[N, D]. NaN and infinities are allowed: such rows are never returned.
         eligible: bool[M, N].
         mask_of: int32[B] in [0, M): query b may find row i iff eligible[mask_of[b], i].
         k: >= 1; may exceed the number of eligible rows.
 
     Returns:
         ``slots`` int32[B, k], best first, ties by lower slot, padded with -1; ``scores`` float32[B, k], the
-        canonical scores, padded with -inf. A row whose inner product overflows float32 counts as non-finite.
+        canonical scores, padded with -inf. A row counts as non-finite when float32 overflows on the way, too.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape or range; the message names it.
 
     Cost: 2·B·N·D flops, reading 4·N·D bytes of table once and 4·B·N bytes of scores that stay in cache; then
-    about 2.5·k rows per query re-scored from cache, 2·D flops each. All-equal scores cost more (up to N re-scored rows
-    per query), never exactness.
+    about 2.5·k rows per query re-scored from cache, 2·D flops each. All-equal scores cost more (up to N
+    re-scored rows per query), never exactness.
     """
     _check(queries, table, eligible, mask_of, k)
     batch, rows = queries.shape[0], table.shape[0]
@@ -154,7 +154,8 @@ def rounding_errors(queries: NDArray[np.float32], table: NDArray[np.float32]) ->
         squares = squares[np.isfinite(squares)]
         longest = 4.0 * float(np.sqrt(squares.max())) if squares.size and squares.max() > 0 else 1.0
         lengths: NDArray[np.float64] = np.sqrt(np.einsum("bd,bd->b", queries, queries, dtype=np.float64))
-    return np.nan_to_num((dim + 2) * _UNIT_ROUNDOFF * longest * lengths, nan=np.inf)
+    errors: NDArray[np.float64] = (dim + 2) * _UNIT_ROUNDOFF * longest * lengths
+    return errors
 
 
 def _check(
@@ -246,9 +247,7 @@ def _decode(keys: NDArray[np.uint64], keep: int) -> tuple[NDArray[np.int32], NDA
     return slots, np.where(missing, np.float32(-np.inf), bits.view(np.float32))
 
 
-def canonical_inner_reference(
-    query: NDArray[np.float32], table: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def canonical_inner_reference(query: NDArray[np.float32], table: NDArray[np.float32]) -> NDArray[np.float32]:
     """float32[N]: the canonical score of query float32[D] with each row of float32[N, D]."""
     with np.errstate(all="ignore"):
         products = table.astype(np.float64) * query.astype(np.float64)
@@ -322,8 +321,9 @@ def _collect(
 ) -> None:
     """Scores canonically, while the block is in cache, its eligible rows above the floors; keeps their keys.
 
-    A full buffer is cut to its best ``keep`` and the floor raised to the worst of them less the rounding error.
-    Rows arrive in slot order, so a later row that only equals the k-th loses the tie: dropping it is exact.
+    A full buffer is cut to its best ``keep`` and the floor raised to the worst of them less the rounding
+    error. Rows arrive in slot order, so a later row that only equals the k-th loses the tie: dropping it is
+    exact.
     """
     batch, rows = tile.shape
     capacity = keys.shape[1]
@@ -349,8 +349,13 @@ def _collect(
                 count = keep
                 keys[b, :keep] = np.sort(keys[b])[:keep]
                 keys[b, keep:] = _NO_HIT
-                worst = canonical_inner(queries[b], table[np.int64(keys[b, keep - 1] & np.uint64(0xFFFFFFFF))])
-                floor = max(floor, np.nextafter(np.float32(worst - errors[b]), np.float32(-np.inf)))
+                worst = canonical_inner(
+                    queries[b], table[np.int64(keys[b, keep - 1] & np.uint64(0xFFFFFFFF))]
+                )
+                raised = np.float32(worst - errors[b])
+                if raised > worst - errors[b]:  # rounded up
+                    raised = np.nextafter(raised, np.float32(-np.inf))
+                floor = max(floor, raised)
             keys[b, count] = _key(exact, np.int32(first + j), cell)
             count += 1
         counts[b] = count

@@ -1,8 +1,9 @@
 """Replies straight from columns to protobuf wire bytes.
 
-Every field of RankedStream but its id has a fixed width, so an entry is ``35 + id length`` bytes of which only
-the id's length varies. All fields are always written, zeros too: decoders must accept explicit zeros, and a
-decoded message equals one that was built field by field. An entry is under 128 bytes, so its length is one byte.
+Every field of RankedStream but its id has a fixed width, so an entry is ``35 + id length`` bytes of which
+only the id's length varies. All fields are always written, zeros too: decoders must accept explicit zeros,
+and a decoded message equals one that was built field by field. An entry is under 128 bytes, so its length is
+one byte.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def _measure(
     id_lengths: NDArray[np.uint8],
     offsets: NDArray[np.int64],
 ) -> int:
-    """Fills ``offsets``; returns the first problem, or _OK. Nothing is written to a buffer before this passes."""
+    """Fills ``offsets``; returns the first problem, or _OK. Nothing is written before this passes."""
     at = np.int64(0)
     for b in range(counts.shape[0]):
         if counts[b] < 0 or counts[b] > slots.shape[1]:

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-
 from liverank.v1 import admin_pb2, admin_pb2_grpc, ingest_pb2, liveness_pb2, liveness_pb2_grpc, ranking_pb2
+
 from server.clock import Clock
 from server.config import Settings
 from server.engine import Engine
@@ -23,7 +23,7 @@ from server.log.commit import GroupCommit
 from server.log.sqlite import SqliteLog
 from server.ranking.pipeline import Pipeline
 from server.recorder import Recorder
-from server.retrieval.registry import open_engine
+from server.retrieval.registry import make_engine
 from server.retrieval.streams import StreamState
 from server.rpc.admin import AdminService
 from server.rpc.control import Control
@@ -77,7 +77,7 @@ class App:
         self.settings, self.clock = settings, clock
         features = FeatureSet.load(settings.table.features_file)
         book = RuleBook.load(settings.rank.rules_file, features.names)
-        search = open_engine(settings.retrieval.engine, settings.table.capacity, settings.table.embedding_dim)
+        search = make_engine(settings.retrieval.engine, settings.table.capacity, settings.table.embedding_dim)
         table = LiveTable(settings.table, search.embeddings)
         streams = StreamState(table, features, book)
         pipeline = Pipeline(settings, clock, table, streams, search)

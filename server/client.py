@@ -6,11 +6,10 @@ import argparse
 import sys
 
 import grpc
-from rich.console import Console
-from rich.table import Table
-
 from liverank.v1 import ranking_pb2 as pb
 from liverank.v1 import ranking_pb2_grpc as pb_grpc
+from rich.console import Console
+from rich.table import Table
 
 
 def run_client(options: argparse.Namespace) -> int:

@@ -6,12 +6,12 @@ import time
 from collections import Counter
 
 import numpy as np
+from liverank.v1 import ingest_pb2
 from numpy.typing import NDArray
 
 from kernels import fence
 from kernels.slate import Outcome
 from kernels.verify import Drop
-from liverank.v1 import ingest_pb2
 from server.live.events import KIND_NAMES, EventColumns, Rejection
 from server.live.features import FeatureSet, State
 from server.live.table import Applied, End, Expired, LiveTable

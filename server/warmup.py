@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from liverank.v1 import ranking_pb2 as pb
+
 from server.engine import Engine
 from server.rpc.decode import decode_rank
 

@@ -158,7 +158,7 @@ class Stopper:
     """Knows when to stop: a signal, or end of file on a stdin that is a pipe or a socket."""
 
     def __init__(self) -> None:
-        mode = os.fstat(0).st_mode if _is_open(0) else 0
+        mode = os.fstat(0).st_mode if sys.stdin is not None else 0
         # /dev/null, files and terminals are no statement about a parent's life.
         self.watched = [0] if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else []
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -179,11 +179,11 @@ class Stopper:
 def main() -> int:
     options = _parse()
     until = Stopper()
+    if not SETUP.exists():
+        return _refuse(f"{SETUP} is missing: run triton/setup.sh first")
     _sweep_orphaned_shm()
     # A killed tritonserver leaves its stubs to us instead of to init, so that we can end them.
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    if not SETUP.exists():
-        return _refuse(f"{SETUP} is missing: run triton/setup.sh first")
     if not options.model_repository.is_dir():
         return _refuse(f"{options.model_repository} is not a directory")
     deadline = time.monotonic() + options.timeout_s
@@ -288,14 +288,6 @@ def _listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(2)
         return probe.connect_ex((HOST, port)) == 0
-
-
-def _is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

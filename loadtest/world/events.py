@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from liverank.v1 import ingest_pb2
+
     from loadtest.world.streams import StreamColumns
 
 END_REASONS = ("creator", "encoder_lost")

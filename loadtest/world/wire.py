@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 from liverank.v1 import ingest_pb2 as pb
+
 from loadtest.world.events import END_REASONS, REPORT_REASONS, EventKind, WorldEvents, viewer_name
 from loadtest.world.streams import StreamColumns
 

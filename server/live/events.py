@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from liverank.v1 import ingest_pb2 as pb
 from numpy.typing import NDArray
 
 from kernels import fence
 from kernels.idmap import ID_BYTES, hash_ids, pack_ids
-from liverank.v1 import ingest_pb2 as pb
 from server.config import TableSettings
 from server.errors import InvalidRequest
 

@@ -72,9 +72,9 @@ class Pipeline:
         width = max(1, int(counts.max(initial=0)))
         return SlateBatch(
             batch=batch,
-            slots=np.where(kept >= 0, shown, -1)[:, :width],
+            slots=np.ascontiguousarray(np.where(kept >= 0, shown, -1)[:, :width]),
             counts=counts,
-            scores=viewers[:, :width],
+            scores=np.ascontiguousarray(viewers[:, :width]),
             sources=np.zeros((b, width), np.uint32),
             exploration=np.zeros((b, width), np.float32),
             as_of_ms=now_ms,
@@ -167,7 +167,7 @@ class Pipeline:
         now_ms = self._clock.now_ms()
         kept, counts, drops = self._last_check(batch, filters, picks, n_picks, now_ms)
         width = max(1, int(counts.max(initial=0)))
-        kept = kept[:, :width]
+        kept = np.ascontiguousarray(kept[:, :width])
         shown = kept >= 0
         column = np.maximum(kept, 0)
         candidate = np.take_along_axis(at, column, axis=1)

@@ -6,10 +6,10 @@ import logging
 from importlib.metadata import version
 
 import grpc
-
-from kernels import fence
 from liverank.v1 import admin_pb2 as pb
 from liverank.v1 import admin_pb2_grpc as pb_grpc
+
+from kernels import fence
 from server.engine import Engine
 from server.recorder import Recorder
 from server.rpc.control import Control

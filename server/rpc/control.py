@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import Future
 
 from liverank.v1 import ingest_pb2 as pb
+
 from server.engine import Engine, PublishResult
 from server.errors import NotFound
 from server.live.events import decode_batch

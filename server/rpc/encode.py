@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from liverank.v1 import ranking_pb2 as pb
 
 from kernels.wire import encode_streams
-from liverank.v1 import ranking_pb2 as pb
 from server.engine import ReplyState
 from server.live.table import LiveTable
 from server.ranking.slates import SlateBatch

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 
 import grpc
-
 from liverank.v1 import ingest_pb2 as pb
 from liverank.v1 import ingest_pb2_grpc as pb_grpc
+
 from server.engine import Engine, PublishResult
 from server.live.events import DecodedBatch, decode_batch
 from server.log.commit import GroupCommit, Submission

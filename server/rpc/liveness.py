@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import grpc
-
 from liverank.v1 import liveness_pb2 as pb
 from liverank.v1 import liveness_pb2_grpc as pb_grpc
+
 from server.engine import Engine
 from server.errors import InvalidRequest
 from server.live.events import MAX_TIME_MS

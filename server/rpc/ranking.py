@@ -7,9 +7,9 @@ from concurrent.futures import CancelledError, Future, TimeoutError
 from typing import Any
 
 import grpc
-
 from liverank.v1 import ranking_pb2 as pb
 from liverank.v1 import ranking_pb2_grpc as pb_grpc
+
 from server.engine import Engine
 from server.errors import InvalidRequest, NotFound
 from server.ranking.explain import Explanation, explain

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import grpc
-
 from liverank.v1 import ingest_pb2, ranking_pb2
+
 from server.rpc.ingest import IngestService
 from server.rpc.ranking import RankingService
 

@@ -73,6 +73,8 @@ def guarded_stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Iterat
     def call(self: Any, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             yield from method(self, request, context)
+        except grpc.RpcError:  # the caller cancelled or vanished while we waited for its next message
+            self.recorder.refused(method.__name__, grpc.StatusCode.CANCELLED.name)
         except Exception as error:  # noqa: BLE001 - mapped, or logged with its traceback
             _abort(self.recorder, method.__name__, error, context)
 

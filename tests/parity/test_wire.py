@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from liverank.v1 import ranking_pb2
 
 from kernels.wire import encode_streams, encode_streams_reference, frame_messages
-from liverank.v1 import ranking_pb2
 
 FLOATS = st.one_of(
     st.floats(width=32, allow_nan=False),
@@ -154,7 +154,7 @@ def test_entries_beyond_the_count_are_ignored_even_when_they_are_padding() -> No
 
 
 def test_framing_needs_one_header_per_row() -> None:
-    with pytest.raises(ValueError, match="^headers:"):
+    with pytest.raises(ValueError, match=r"^headers:"):
         frame_messages([b"", b""], np.zeros(0, np.uint8), np.zeros(2, np.int64))
 
 

@@ -1,0 +1,247 @@
+"""Every search engine keeps the contract of ``server.retrieval.base``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.topk import masked_topk_reference
+from server.errors import ConfigError
+from server.retrieval.registry import ENGINE_NAMES, make_engine
+
+engines = pytest.mark.parametrize("name", ENGINE_NAMES)
+CAPACITY, DIM = 300, 12
+
+
+def filled(name: str, seed: int = 0) -> tuple[Any, np.random.Generator]:
+    rng = np.random.default_rng(seed)
+    engine: Any = make_engine(name, CAPACITY, DIM)
+    engine.put(np.arange(CAPACITY, dtype=np.int32), rng.standard_normal((CAPACITY, DIM)).astype(np.float32))
+    return engine, rng
+
+
+def some_queries(rng: np.random.Generator, batch: int) -> Any:
+    return rng.standard_normal((batch, DIM)).astype(np.float32)
+
+
+def assert_keeps_contract(engine: Any, queries: Any, eligible: Any, mask_of: Any, k: int) -> None:
+    hits = engine.search(queries, eligible, mask_of, k)
+    rows = engine.embeddings[: eligible.shape[1]]
+    slots, scores = masked_topk_reference(queries, rows, eligible, mask_of, k)
+    np.testing.assert_array_equal(hits.slots, slots)
+    np.testing.assert_array_equal(hits.scores, scores)
+    assert (hits.slots.dtype, hits.scores.dtype) == (np.int32, np.float32)
+
+
+def everything(rows: int = CAPACITY) -> Any:
+    return np.ones((1, rows), np.bool_)
+
+
+def of_mask_zero(batch: int) -> Any:
+    return np.zeros(batch, np.int32)
+
+
+@engines
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    batch=st.integers(0, 5),
+    rows=st.integers(0, CAPACITY),
+    masks=st.integers(1, 4),
+    share=st.sampled_from([0.0, 0.05, 0.6, 1.0]),
+    k=st.integers(1, 2 * CAPACITY),
+    distinct=st.sampled_from([1, 7, CAPACITY]),
+)
+def test_ids_and_scores_are_those_of_a_full_sort_under_any_masks(
+    name: str, seed: int, batch: int, rows: int, masks: int, share: float, k: int, distinct: int
+) -> None:
+    engine, rng = filled(name, seed)
+    engine.embeddings[:] = engine.embeddings[rng.integers(0, distinct, CAPACITY)]
+    if distinct == 7:
+        engine.embeddings[rng.integers(0, CAPACITY, 20), 0] = np.nan
+        engine.embeddings[rng.integers(0, CAPACITY, 20), 1] = np.inf
+    eligible = rng.random((masks, rows)) < share
+    mask_of = rng.integers(0, masks, batch).astype(np.int32)
+    assert_keeps_contract(engine, some_queries(rng, batch), eligible, mask_of, k)
+
+
+@engines
+def test_a_row_put_is_found_by_the_next_search(name: str) -> None:
+    engine, rng = filled(name)
+    query = some_queries(rng, 1)
+    before = engine.search(query, everything(), of_mask_zero(1), 1)
+    assert before.slots[0, 0] != 17
+    engine.put(np.array([17], np.int32), 100 * query)
+    after = engine.search(query, everything(), of_mask_zero(1), 1)
+    assert after.slots[0, 0] == 17
+    np.testing.assert_array_equal(engine.embeddings[17], 100 * query[0])
+
+
+@engines
+def test_a_row_written_to_the_embedding_column_is_found_too(name: str) -> None:
+    engine, rng = filled(name)
+    query = some_queries(rng, 1)
+    engine.embeddings[201] = 100 * query[0]
+    assert engine.search(query, everything(), of_mask_zero(1), 1).slots[0, 0] == 201
+
+
+@engines
+def test_the_mask_acts_inside_the_search(name: str) -> None:
+    """Only the k worst rows are eligible: filtering a top-k afterwards would find none of them."""
+    engine, rng = filled(name)
+    query = some_queries(rng, 1)
+    worst = np.argsort(engine.embeddings @ query[0])[:10]
+    eligible = np.zeros((1, CAPACITY), np.bool_)
+    eligible[0, worst] = True
+    hits = engine.search(query, eligible, of_mask_zero(1), 10)
+    assert set(hits.slots[0].tolist()) == set(worst.tolist())
+
+
+@engines
+def test_a_row_deleted_by_its_mask_is_not_found(name: str) -> None:
+    engine, rng = filled(name)
+    query = some_queries(rng, 1)
+    eligible = everything()
+    first = engine.search(query, eligible, of_mask_zero(1), 5).slots[0]
+    eligible[0, first[0]] = False
+    assert engine.search(query, eligible, of_mask_zero(1), 4).slots[0].tolist() == first[1:].tolist()
+
+
+@engines
+def test_each_query_uses_its_own_mask(name: str) -> None:
+    engine, rng = filled(name)
+    queries = np.repeat(some_queries(rng, 1), 3, axis=0)
+    even = np.arange(CAPACITY) % 2 == 0
+    hits = engine.search(queries, np.stack([even, ~even]), np.array([1, 0, 1], np.int32), 20)
+    assert (hits.slots % 2 == np.array([[1], [0], [1]])).all()
+    np.testing.assert_array_equal(hits.slots[0], hits.slots[2])
+
+
+@engines
+def test_rows_beyond_the_mask_are_not_searched(name: str) -> None:
+    engine, rng = filled(name)
+    query = some_queries(rng, 1)
+    engine.embeddings[100:] = 100 * query[0]
+    hits = engine.search(query, everything(93), of_mask_zero(1), CAPACITY)
+    assert hits.slots.max() < 93
+    assert (hits.slots[0, :93] >= 0).all()
+
+
+@engines
+def test_places_beyond_the_eligible_rows_are_padded(name: str) -> None:
+    engine, rng = filled(name)
+    eligible = np.zeros((1, CAPACITY), np.bool_)
+    eligible[0, [3, 99]] = True
+    hits = engine.search(some_queries(rng, 2), eligible, of_mask_zero(2), 5)
+    assert np.sort(hits.slots[:, :2]).tolist() == [[3, 99], [3, 99]]
+    assert (hits.slots[:, 2:] == -1).all()
+    assert np.isneginf(hits.scores[:, 2:]).all()
+
+
+@engines
+def test_nothing_eligible_no_rows_and_no_queries_give_only_padding(name: str) -> None:
+    engine, rng = filled(name)
+    for eligible in (~everything(), np.ones((1, 0), np.bool_)):
+        hits = engine.search(some_queries(rng, 2), eligible, of_mask_zero(2), 3)
+        assert (hits.slots == -1).all()
+        assert np.isneginf(hits.scores).all()
+    none = engine.search(some_queries(rng, 0), np.ones((0, CAPACITY), np.bool_), of_mask_zero(0), 3)
+    assert none.slots.shape == none.scores.shape == (0, 3)
+
+
+@engines
+def test_duplicated_embeddings_tie_by_slot_across_the_last_place(name: str) -> None:
+    engine, rng = filled(name)
+    query = some_queries(rng, 1)
+    copies = [290, 5, 77, 150, *range(200, 260)]
+    engine.embeddings[copies] = 100 * query[0]
+    hits = engine.search(query, everything(), of_mask_zero(1), 4)
+    assert hits.slots[0].tolist() == [5, 77, 150, 200]
+    assert len(set(hits.scores[0].tolist())) == 1
+
+
+@engines
+def test_rows_that_are_not_finite_are_never_returned_and_take_no_place(name: str) -> None:
+    engine, rng = filled(name)
+    engine.embeddings[:150] = np.nan
+    engine.embeddings[150:200] = np.inf  # a product of +inf, -inf or NaN
+    engine.embeddings[200:250, 0] = -np.inf
+    hits = engine.search(some_queries(rng, 4), everything(), of_mask_zero(4), 60)
+    assert np.sort(hits.slots[:, :50]).tolist() == [list(range(250, 300))] * 4
+    assert (hits.slots[:, 50:] == -1).all()
+
+
+@pytest.mark.parametrize("k", [5, 150])  # FAISS selects in another way from k = 100 on
+def test_engines_agree_bit_for_bit_on_many_rows(k: int) -> None:
+    rng = np.random.default_rng(11)
+    rows = rng.standard_normal((20_000, 33)).astype(np.float32)[rng.integers(0, 4_000, 20_000)]
+    queries = rng.standard_normal((6, 33)).astype(np.float32)
+    eligible, mask_of = rng.random((2, 20_000)) < 0.5, np.array([0, 1, 0, 1, 1, 0], np.int32)
+    answers = []
+    for name in ENGINE_NAMES:
+        engine = make_engine(name, *rows.shape)
+        engine.put(np.arange(20_000, dtype=np.int32), rows)
+        answers.append(engine.search(queries, eligible, mask_of, k))
+    for other in answers[1:]:
+        np.testing.assert_array_equal(answers[0].slots, other.slots)
+        np.testing.assert_array_equal(answers[0].scores, other.scores)
+
+
+@engines
+@pytest.mark.parametrize(
+    ("argument", "bad"),
+    [
+        ("queries", np.zeros((1, DIM + 1), np.float32)),
+        ("queries", np.zeros((1, DIM), np.float64)),
+        ("eligible", np.ones((1, CAPACITY + 1), np.bool_)),
+        ("eligible", np.ones((1, CAPACITY), np.int8)),
+        ("mask_of", np.array([1], np.int32)),
+        ("mask_of", np.array([0, 0], np.int32)),
+        ("k", 0),
+    ],
+)
+def test_a_bad_search_argument_is_refused_by_name(name: str, argument: str, bad: Any) -> None:
+    engine, rng = filled(name)
+    good = {"queries": some_queries(rng, 1), "eligible": everything(), "mask_of": of_mask_zero(1), "k": 3}
+    with pytest.raises(ValueError, match=f"^{argument}:"):
+        engine.search(**{**good, argument: bad})
+
+
+@engines
+@pytest.mark.parametrize(
+    ("argument", "bad"),
+    [
+        ("slots", np.array([0, CAPACITY], np.int32)),
+        ("slots", np.array([0, -1], np.int32)),
+        ("slots", np.array([0, 1], np.int64)),
+        ("embeddings", np.zeros((2, DIM + 1), np.float32)),
+        ("embeddings", np.zeros((3, DIM), np.float32)),
+    ],
+)
+def test_a_bad_put_is_refused_by_name_and_changes_nothing(name: str, argument: str, bad: Any) -> None:
+    engine, _ = filled(name)
+    before = engine.embeddings.copy()
+    good = {"slots": np.array([0, 1], np.int32), "embeddings": np.zeros((2, DIM), np.float32)}
+    with pytest.raises(ValueError, match=f"^{argument}:"):
+        engine.put(**{**good, argument: bad})
+    np.testing.assert_array_equal(engine.embeddings, before)
+
+
+def test_an_unknown_engine_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ConfigError, match="exact, faiss_cpu"):
+        make_engine("approximate", 1, 1)
+
+
+def test_faiss_is_imported_only_when_chosen() -> None:
+    program = (
+        "import sys, server.retrieval, server.retrieval.base, server.retrieval.registry as registry;"
+        "registry.make_engine('exact', 2, 2); assert 'faiss' not in sys.modules;"
+        "registry.make_engine('faiss_cpu', 2, 2); assert 'faiss' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
