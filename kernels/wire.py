@@ -103,27 +103,14 @@ def encode_streams_reference(
     return np.frombuffer(bytes(wire), np.uint8), np.array(offsets, np.int64)
 
 
-def frame_messages(headers: Sequence[bytes], buffer: NDArray[np.uint8], offsets: NDArray[np.int64]) -> bytes:
-    """Wire bytes of the RankBatchResponse whose responses are ``headers[b]`` + row b.
+def frame_messages(messages: Sequence[bytes]) -> bytes:
+    """Wire bytes of a message whose field 1 is repeated and holds ``messages``, such as RankBatchResponse.
 
-    Args:
-        headers: B serialised RankResponses without streams.
-        buffer: uint8[total], ``offsets``: int64[B + 1], as :func:`encode_streams` returns them.
-
-    Raises:
-        ValueError: there is not one header per row, or an array has the wrong dtype.
-
-    Cost: copies each row twice.
+    Cost: copies each message once.
     """
-    require_array("buffer", buffer, np.uint8, (None,))
-    require_array("offsets", offsets, np.int64, (None,))
-    if len(headers) != offsets.shape[0] - 1:
-        raise ValueError(f"headers: {len(headers)} headers for {offsets.shape[0] - 1} rows")
-    rows = buffer.tobytes()
-    bounds = offsets.tolist()
     parts: list[bytes] = []
-    for header, start, stop in zip(headers, bounds, bounds[1:], strict=False):
-        parts += (b"\x0a", _varint(len(header) + stop - start), header, rows[start:stop])
+    for message in messages:
+        parts += (b"\x0a", _varint(len(message)), message)
     return b"".join(parts)
 
 

@@ -7,6 +7,7 @@ can change them: the table had not seen it. Labels are joined from the truth one
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from loadtest.world import Flaw, State, World, WorldSettings
 from models.replay import apply_events, new_table, table_settings
 from models.target import HORIZON_MINUTES, is_trending
-from models.telling import Telling
+from models.telling import Telling, slowed
 from server.live.features import FeatureSet
 from server.live.table import LiveTable
 
@@ -29,7 +30,7 @@ WARM_UP_MINUTES = 30
 class Rows:
     """n rows, ordered by world and minute; one per stream that the table held live at that minute.
 
-    features float32[n, F], world int32[n], minute int32[n] (since the world's start), stream int32[n] (row in
+    features float32[n, F], world int32[n], minute int32[n] (since the warm-up), stream int32[n] (row in
     the world), viewers_now and viewers_later int64[n] (people, later: one horizon), honest bool[n] (no bought
     viewers, no spammed chat), label bool[n] (trending, see `models.target`).
     """
@@ -54,7 +55,7 @@ class Rows:
         """One slice per world and minute."""
         key = self.world.astype(np.int64) << 32 | self.minute
         edges = np.flatnonzero(np.diff(key, prepend=-1, append=-1)).tolist()
-        return [slice(a, b) for a, b in zip(edges[:-1], edges[1:])]
+        return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
     def digest(self) -> str:
         """16 hex digits that identify the data."""
@@ -78,32 +79,44 @@ class _Reading:
 
 
 def simulate(
-    settings: WorldSettings, minutes: int, features: FeatureSet, tellings: Sequence[Telling], world: int = 0
+    settings: WorldSettings,
+    minutes: int,
+    features: FeatureSet,
+    tellings: Sequence[Telling],
+    *,
+    slowness: int = 1,
+    world: int = 0,
 ) -> list[Rows]:
-    """Plays ``minutes`` of a world and returns its rows as each telling makes the table see them.
+    """Plays a world for ``minutes`` after its warm-up; its rows as each telling makes the table see them.
+
+    The last HORIZON_MINUTES give no rows: what follows them is not known.
 
     Args:
         tellings: the same platform, told more or less completely; each feeds a table of its own.
+        slowness: how many times slower than simulated life on this platform is (`models.telling.slowed`).
         world: number that goes into the rows.
 
     Raises:
         ValueError: the world's steps do not meet full minutes, or too few minutes.
     """
-    if MINUTE_MS % settings.step_ms:
-        raise ValueError(f"step_ms: a divisor of {MINUTE_MS} wanted, got {settings.step_ms}")
-    if minutes <= WARM_UP_MINUTES + HORIZON_MINUTES:
-        raise ValueError(f"minutes: more than {WARM_UP_MINUTES + HORIZON_MINUTES} wanted, got {minutes}")
+    step_ms, start_ms = settings.step_ms * slowness, settings.start_ms
+    if MINUTE_MS % step_ms:
+        raise ValueError(f"step_ms * slowness: a divisor of {MINUTE_MS} wanted, got {step_ms}")
+    if minutes <= HORIZON_MINUTES:
+        raise ValueError(f"minutes: more than {HORIZON_MINUTES} wanted, got {minutes}")
     platform = World(settings)
-    tables = [new_table(table_settings(settings)) for _ in tellings]
+    tables = [new_table(table_settings(settings, slowness)) for _ in tellings]
     readings: list[list[_Reading]] = []
     audiences: list[NDArray[np.int64]] = []
-    for _ in range(minutes):
-        for _ in range(MINUTE_MS // settings.step_ms):
+    for minute in range(WARM_UP_MINUTES * slowness + minutes):
+        for _ in range(MINUTE_MS // step_ms):
             events = platform.step()
             for telling, table in zip(tellings, tables):
-                apply_events(table, telling(events))
-        readings.append([_read(platform, table, features) for table in tables])
-        audiences.append(audience(platform))
+                apply_events(table, slowed(telling(events), start_ms, slowness))
+        if minute >= WARM_UP_MINUTES * slowness:
+            now_ms = start_ms + (platform.now_ms - start_ms) * slowness
+            readings.append([_read(platform, table, now_ms, features) for table in tables])
+            audiences.append(audience(platform))
     honest = ~np.isin(platform.streams.flaw, (Flaw.VIEW_BOT, Flaw.CHAT_SPAM))
     return [_join([r[i] for r in readings], audiences, honest, world) for i in range(len(tellings))]
 
@@ -114,8 +127,7 @@ def audience(platform: World) -> NDArray[np.int64]:
     return np.where(on_air, platform.streams.viewers, 0)
 
 
-def _read(platform: World, table: LiveTable, features: FeatureSet) -> _Reading:
-    now_ms = platform.now_ms
+def _read(platform: World, table: LiveTable, now_ms: int, features: FeatureSet) -> _Reading:
     slots = np.flatnonzero(table.live_mask(now_ms)).astype(np.int32)
     stream = platform.streams.rows_of([table.stream_id(int(slot)) for slot in slots])
     values = features.compute(table.columns, slots, now_ms, table.landmark_ms).values
@@ -130,7 +142,7 @@ def _join(
 ) -> Rows:
     """Rows of all minutes whose horizon has passed. audiences: int64[streams so far] per minute."""
     parts = []
-    for minute in range(WARM_UP_MINUTES, len(readings) - HORIZON_MINUTES):
+    for minute in range(len(readings) - HORIZON_MINUTES):
         stream = readings[minute].stream
         now, later = audiences[minute][stream], audiences[minute + HORIZON_MINUTES][stream]
         n = len(stream)
@@ -155,14 +167,14 @@ class Split:
 
 
 def split_by_time(rows: Rows, minutes: int) -> Split:
-    """60 % to fit, 10 % to stop early, 15 % to calibrate, 15 % to test, of the minutes after the warm-up.
+    """60 % to fit, 10 % to stop early, 15 % to calibrate, 15 % to test.
 
     Rows whose label looks across a border are left out, so that no part knows of the next one's time.
     """
     last = minutes - HORIZON_MINUTES
-    edges = [WARM_UP_MINUTES + round(share * (last - WARM_UP_MINUTES)) for share in (0, 0.6, 0.7, 0.85, 1)]
+    edges = [round(share * last) for share in (0, 0.6, 0.7, 0.85, 1)]
     parts = [
         rows.take((rows.minute >= a) & (rows.minute < (b if b == last else b - HORIZON_MINUTES)))
-        for a, b in zip(edges[:-1], edges[1:])
+        for a, b in itertools.pairwise(edges)
     ]
     return Split(*parts)

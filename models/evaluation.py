@@ -35,9 +35,7 @@ def log_loss(probabilities: NDArray[np.floating], labels: NDArray[np.bool_]) -> 
     return float(-np.where(labels, np.log(p), np.log1p(-p)).mean())
 
 
-def calibration_error(
-    probabilities: NDArray[np.floating], labels: NDArray[np.bool_], bins: int = 10
-) -> float:
+def calibration_error(probabilities: NDArray[np.floating], labels: NDArray[np.bool_], bins: int = 10) -> float:
     """Expected calibration error: mean |share of positives - mean probability| over equally wide bins."""
     which = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
     gap = np.bincount(which, labels.astype(np.float64) - probabilities.astype(np.float64), bins)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from models.adam import AdamW
 from models.calibration import fit_platt
 from models.dataset import Split
 from models.trendiness import Trendiness, scaling
@@ -36,9 +37,7 @@ class Fitted:
     stop_loss: float
 
 
-def fit(
-    split: Split, settings: FitSettings, seed: int, say: Callable[[str], None] = lambda _: None
-) -> Fitted:
+def fit(split: Split, settings: FitSettings, seed: int, say: Callable[[str], None] = lambda _: None) -> Fitted:
     """Trains on ``split.fit``, stops on ``split.stop``, calibrates on ``split.calibrate``.
 
     Equal rows, settings and seed give equal weights: one thread, hence one order of every sum.
@@ -69,18 +68,13 @@ def _descend(
     x, y = _tensors(model, split.fit.features, split.fit.label)
     x_stop, y_stop = _tensors(model, split.stop.features, split.stop.label)
     steps = settings.max_epochs * -(-len(y) // settings.batch_rows)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    optimiser = AdamW(model.parameters(), settings.learning_rate, settings.weight_decay, steps)
     best, best_loss, best_epoch = copy.deepcopy(model.state_dict()), float("inf"), 0
     for epoch in range(1, settings.max_epochs + 1):
         for batch in torch.from_numpy(rng.permutation(len(y))).split(settings.batch_rows):
             loss = binary_cross_entropy_with_logits(model.logit(x[batch]), y[batch])
-            optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            schedule.step()
         with torch.inference_mode():
             stop_loss = float(binary_cross_entropy_with_logits(model.logit(x_stop), y_stop))
         say(f"epoch {epoch}: log loss {stop_loss:.4f}")

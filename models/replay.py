@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kernels.idmap import pack_ids
 from loadtest.world import END_REASONS, EventKind, StreamColumns, WorldEvents, WorldSettings
@@ -21,10 +20,10 @@ _MONEY = [EventKind.BID, EventKind.PURCHASED]
 _NEEDS_NO_VALUE = [EventKind.STARTED, EventKind.HEARTBEAT, EventKind.ENDED]
 
 
-def table_settings(world: WorldSettings) -> TableSettings:
+def table_settings(world: WorldSettings, slowness: int = 1) -> TableSettings:
     """A table that never runs out of rows, with a lease that fits the world's heartbeats."""
-    tombstone_ms, lease_ms = 700_000, max(60_000, 3 * world.heartbeat_ms)
-    turnover = world.target_live * (tombstone_ms + 2 * lease_ms) / world.mean_session_ms
+    tombstone_ms, lease_ms = 700_000, max(60_000, 3 * world.heartbeat_ms * slowness)
+    turnover = world.target_live * (tombstone_ms + 2 * lease_ms) / (world.mean_session_ms * slowness)
     return TableSettings(
         capacity=1_000 + 3 * world.target_live + int(4 * turnover),
         embedding_dim=world.embedding_dim,

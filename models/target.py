@@ -40,9 +40,7 @@ def growth_score(now: NDArray[np.int64], later: NDArray[np.int64]) -> NDArray[np
     return np.asarray((later - now) / np.sqrt(now + PRIOR_VIEWERS))
 
 
-def is_trending(
-    now: NDArray[np.int64], later: NDArray[np.int64], honest: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
+def is_trending(now: NDArray[np.int64], later: NDArray[np.int64], honest: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """bool[n] for all n streams that are live at one moment.
 
     The share is taken of the honest ones, rounded down; ties at its edge are all in.

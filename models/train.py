@@ -1,6 +1,6 @@
 """Trains the trendiness model on simulated platforms and puts it into the model repository.
 
-    python -m models.train [--out model_repository] [--version 1] [--minutes 270] [--streams 300] [--seed 7]
+    python -m models.train [--out model_repository] [--version 1] [--minutes 240] [--streams 300] [--seed 7]
 
 Seeded: the same command writes the same files. The last line of output is JSON.
 """
@@ -31,13 +31,26 @@ from server.config import TableSettings
 from server.live.features import FeatureSet
 
 DAY_MS = 86_400_000
-# Session lengths and how often the apps tell: platforms differ, and the model should not care.
-PLATFORMS: tuple[dict[str, int], ...] = (
-    {"mean_session_ms": 1_800_000, "interaction_ms": 10_000},
-    {"mean_session_ms": 3_600_000, "interaction_ms": 60_000},
-    {"mean_session_ms": 900_000, "interaction_ms": 10_000},
-    {"mean_session_ms": 1_800_000, "interaction_ms": 30_000},
-    {"mean_session_ms": 5_400_000, "interaction_ms": 10_000},
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What differs between the simulated platforms to learn from, in simulated time, and how slow they are."""
+
+    session_minutes: int
+    interaction_ms: int
+    slowness: int
+
+
+# Platforms differ in pace and in how often their apps tell; the model should not care.
+PLATFORMS = (
+    Platform(30, 10_000, 1),
+    Platform(30, 10_000, 4),
+    Platform(60, 60_000, 1),
+    Platform(15, 10_000, 6),
+    Platform(15, 10_000, 1),
+    Platform(30, 30_000, 2),
+    Platform(45, 10_000, 12),
 )
 TEST_SEED_OFFSET = 1_000
 # How the unseen platform is told in the second test.
@@ -50,9 +63,9 @@ TEST_TELLINGS: dict[str, Telling] = {
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """minutes and streams of every simulated platform; seed of everything."""
+    """minutes (after the warm-up) and streams of every simulated platform; seed of everything."""
 
-    minutes: int = 270
+    minutes: int = 240
     streams: int = 300
     seed: int = 7
     platforms: int = len(PLATFORMS)
@@ -71,10 +84,11 @@ class Trained:
 def world_settings(settings: TrainSettings, number: int, seed: int) -> WorldSettings:
     """Platform ``number`` of so many, each starting at another time of the day."""
     start_ms = WorldSettings().start_ms + number * DAY_MS // settings.platforms
+    platform = PLATFORMS[number % len(PLATFORMS)]
     return WorldSettings(
         seed=seed, target_live=settings.streams, start_ms=start_ms - start_ms % 60_000, step_ms=5_000,
         heartbeat_ms=10_000, embedding_dim=8, n_creators=max(20_000, 4 * settings.streams),
-        **PLATFORMS[number % len(PLATFORMS)],
+        mean_session_ms=platform.session_minutes * 60_000, interaction_ms=platform.interaction_ms,
     )  # fmt: skip
 
 
@@ -84,24 +98,26 @@ def train(settings: TrainSettings, features: FeatureSet, say: Callable[[str], No
     for number in range(settings.platforms):
         world = world_settings(settings, number, settings.seed + number)
         # Both tellings of a platform are at the same minutes, hence in the same part of the split.
-        for i, rows in enumerate(
-            simulate(world, settings.minutes, features, [everything, mixed(world.seed)], number)
-        ):
-            parts.append(rows)
-            say(f"platform {number}, {('complete', 'mixed')[i]} feed: {len(rows)} rows")
+        complete, incomplete = simulate(
+            world, settings.minutes, features, [everything, mixed(world.seed)],
+            slowness=PLATFORMS[number % len(PLATFORMS)].slowness, world=number,
+        )  # fmt: skip
+        parts += [complete, incomplete]
+        say(f"platform {number}: {len(complete)} rows of the complete feed, {len(incomplete)} of mixed ones")
     rows = concatenate(parts)
     split = split_by_time(rows, settings.minutes)
     fitted = fit(split, settings.fit, settings.seed, say)
 
     tests = {"later_time": concatenate([split_by_time(p, settings.minutes).test for p in parts[::2]])}
     tests["later_time_mixed"] = concatenate([split_by_time(p, settings.minutes).test for p in parts[1::2]])
-    unseen = world_settings(settings, 0, settings.seed + TEST_SEED_OFFSET)
-    told = simulate(unseen, settings.minutes, features, list(TEST_TELLINGS.values()))
-    tests |= {f"unseen_{name}": rows for name, rows in zip(TEST_TELLINGS, told)}
-    metrics = {
-        name: report(test, predict(fitted.model, test.features), features.names)
-        for name, test in tests.items()
-    }
+    for number, prefix in ((0, "unseen"), (1, "unseen_slow"))[: settings.platforms]:
+        unseen = world_settings(settings, number, settings.seed + TEST_SEED_OFFSET)
+        told = simulate(
+            unseen, settings.minutes, features, list(TEST_TELLINGS.values()),
+            slowness=PLATFORMS[number].slowness,
+        )  # fmt: skip
+        tests |= {f"{prefix}_{name}": rows for name, rows in zip(TEST_TELLINGS, told)}
+    metrics = {name: report(test, predict(fitted.model, test.features), features.names) for name, test in tests.items()}
     facts = {
         "feature_schema": features.schema,
         "features": list(features.names),

@@ -21,10 +21,9 @@ class SearchEngine(Protocol):
     """Searches rows by inner product. Owned and called by the engine thread only."""
 
     name: str
-
-    def put(self, slots: NDArray[np.int32], embeddings: NDArray[np.float32]) -> None:
-        """Makes ``embeddings`` float32[n, D] the rows ``slots`` int32[n]; visible to the next search."""
-        ...
+    embeddings: NDArray[np.float32]
+    """float32[capacity, D], searched in place: the table's embedding column is this very memory, so a row
+    written to the table is found by the next search, and there is no second copy to keep in step."""
 
     def search(
         self,

@@ -18,7 +18,7 @@ class ExactSearch:
         dim: D, length of an embedding, >= 1.
 
     Owns ``embeddings`` float32[capacity, D], which is the table's embedding column: there is no second copy,
-    so a row written there, or through :meth:`put`, is found by the next search.
+    so a row written there is found by the next search.
     """
 
     name = "exact"
@@ -28,10 +28,6 @@ class ExactSearch:
             raise ValueError(f"capacity, dim: must be at least 1, got {capacity}, {dim}")
         self.embeddings: NDArray[np.float32] = np.zeros((capacity, dim), np.float32)
 
-    def put(self, slots: NDArray[np.int32], embeddings: NDArray[np.float32]) -> None:
-        """See :class:`SearchEngine`. Raises ValueError naming the argument; then no row has changed."""
-        put_rows(self.embeddings, slots, embeddings)
-
     def search(
         self, queries: NDArray[np.float32], eligible: NDArray[np.bool_], mask_of: NDArray[np.int32], k: int
     ) -> Hits:
@@ -39,15 +35,6 @@ class ExactSearch:
         rows = searched_rows(self.embeddings, eligible)
         require_array("queries", queries, np.float32, (None, self.embeddings.shape[1]))
         return Hits(*masked_topk(queries, rows, eligible, mask_of, k))
-
-
-def put_rows(table: NDArray[np.float32], slots: NDArray[np.int32], embeddings: NDArray[np.float32]) -> None:
-    """``table[slots] = embeddings``, checked; of a slot given twice the last row stays."""
-    require_array("slots", slots, np.int32, (None,))
-    require_array("embeddings", embeddings, np.float32, (slots.shape[0], table.shape[1]))
-    if slots.size and (slots.min() < 0 or slots.max() >= table.shape[0]):
-        raise ValueError(f"slots: must lie in [0, {table.shape[0]})")
-    table[slots] = embeddings
 
 
 def searched_rows(table: NDArray[np.float32], eligible: NDArray[np.bool_]) -> NDArray[np.float32]:

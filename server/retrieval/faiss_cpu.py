@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kernels.checks import require_array
 from kernels.topk import rescore_topk, rounding_errors
 from server.retrieval.base import Hits
-from server.retrieval.exact import put_rows, searched_rows
+from server.retrieval.exact import searched_rows
 
 _SPARE = 16  # asked for beyond k, for rounding and ties at the end
 
@@ -28,7 +28,7 @@ class FaissCpuSearch:
         dim: D, length of an embedding, >= 1.
 
     ``embeddings`` float32[capacity, D] is the index's own storage, preallocated and never added to
-    afterwards: a row written there, or through :meth:`put`, is found by the next search, without a rebuild.
+    afterwards: a row written there is found by the next search, without a rebuild.
     The view is valid while this object lives. FAISS is set to one thread, process-wide: the engine thread is
     the only user.
     """
@@ -43,10 +43,6 @@ class FaissCpuSearch:
         self._index.add(np.zeros((capacity, dim), np.float32))
         storage = faiss.rev_swig_ptr(self._index.get_xb(), capacity * dim)
         self.embeddings: NDArray[np.float32] = storage.reshape(capacity, dim)
-
-    def put(self, slots: NDArray[np.int32], embeddings: NDArray[np.float32]) -> None:
-        """See :class:`SearchEngine`. Raises ValueError naming the argument; then no row has changed."""
-        put_rows(self.embeddings, slots, embeddings)
 
     def search(
         self, queries: NDArray[np.float32], eligible: NDArray[np.bool_], mask_of: NDArray[np.int32], k: int

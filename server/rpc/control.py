@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from liverank.v1 import ingest_pb2 as pb
 
 from server.engine import Engine, PublishResult
-from server.errors import NotFound
+from server.errors import NotFound, Refused
 from server.live.events import decode_batch
 from server.log.commit import GroupCommit, Submission
 
@@ -30,6 +30,9 @@ class Control:
         result = self._publish([event])
         if result.codes[0] == pb.UNKNOWN_STREAM:
             raise NotFound(f"stream_id: {stream_id!r} was never started here, or is forgotten")
+        if result.codes[0] != 0:  # a decision of trust & safety must never be lost quietly
+            code = pb.RejectCode.Name(int(result.codes[0]))
+            raise Refused(f"stream_id: {stream_id!r} was not moderated: {code}")
         return result.offset
 
     def end_streams(
@@ -58,8 +61,8 @@ class Control:
 
     def _publish(self, events: list[pb.Event]) -> PublishResult:
         with self._lock:  # sequences must reach the log in order
-            # Time-based, so that numbers keep growing across restarts.
-            sequence = max(self._last_sequence, self._engine.clock.now_ms() * 1000)
+            # Above everything a control batch of an earlier run used: each of those has a smaller offset.
+            sequence = max(self._last_sequence, (self._engine.applied_offset + 1) << 20)
             for event in events:
                 sequence += 1
                 event.sequence = sequence
@@ -68,5 +71,5 @@ class Control:
             batch = decode_batch(payload, self._engine.settings.table)
             assert not batch.rejected, batch.rejected
             done: Future[PublishResult] = Future()
-            self._commit.submit(Submission(payload, batch, self._engine.clock.now_ms(), done))  # type: ignore[arg-type]
+            self._commit.submit(Submission(payload, batch, self._engine.clock.now_ms(), done))
         return done.result()

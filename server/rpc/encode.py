@@ -51,17 +51,3 @@ def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, star
         ).SerializeToString()
         replies.append(own + common + streams[offsets[b] : offsets[b + 1]])
     return replies
-
-
-def frame_batch(replies: list[bytes]) -> bytes:
-    """The RankBatchResponse of serialised RankResponses: field 1, length-delimited, once per reply."""
-    parts: list[bytes] = []
-    for reply in replies:
-        length = len(reply)
-        prefix = bytearray(b"\x0a")
-        while length > 0x7F:
-            prefix.append((length & 0x7F) | 0x80)
-            length >>= 7
-        prefix.append(length)
-        parts += (bytes(prefix), reply)
-    return b"".join(parts)

@@ -10,12 +10,12 @@ import grpc
 from liverank.v1 import ranking_pb2 as pb
 from liverank.v1 import ranking_pb2_grpc as pb_grpc
 
+from kernels.wire import frame_messages
 from server.engine import Engine
 from server.errors import InvalidRequest, NotFound
 from server.ranking.explain import Explanation, explain
 from server.recorder import Recorder
 from server.rpc.decode import check_stream_id, decode_rank
-from server.rpc.encode import frame_batch
 from server.rpc.status import CallerGone, guarded
 
 DEFAULT_DEADLINE_S = 30.0
@@ -48,7 +48,7 @@ class RankingService(pb_grpc.RankingServicer):
             decode_rank(one, self._engine.settings, surfaces, deadline_s, f"requests[{i}].")
             for i, one in enumerate(request.requests)
         ]
-        return frame_batch(_await(self._engine.rank(queries), deadline_s))
+        return frame_messages(_await(self._engine.rank(queries), deadline_s))
 
     @guarded
     def Explain(self, request: pb.ExplainRequest, context: grpc.ServicerContext) -> pb.ExplainResponse:

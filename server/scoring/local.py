@@ -111,8 +111,7 @@ class LocalScorer:
         built_for = session.get_modelmeta().custom_metadata_map.get(SCHEMA_PARAMETER, self._feature_schema)
         if built_for != self._feature_schema:
             raise SchemaMismatch(
-                f"{label} was built for feature schema {built_for!r}, "
-                f"this server has {self._feature_schema!r}"
+                f"{label} was built for feature schema {built_for!r}, this server has {self._feature_schema!r}"
             )
         log.info("loaded %s", label)
         return _Model(version, session)

@@ -17,7 +17,6 @@ INPUT = "features"  # float32[n, F]
 OUTPUT = "trend"  # float32[n], calibrated probability in [0, 1]
 SCHEMA_PARAMETER = "feature_schema"
 VERSIONS_KEPT = 2
-MAX_QUEUE_REQUESTS = 16
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.:-]+")  # needs no escaping in protobuf text
 
@@ -48,8 +47,7 @@ def render_config(
     if not _PLAIN.fullmatch(schema_hash):
         raise ConfigError(f"schema_hash: {schema_hash!r} may hold letters, digits and _ . : - only")
     lines = "\n".join(
-        f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}'
-        for key, value in parameters.items()
+        f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()
     )
     return f"""\
 # Written by the exporter (server/scoring/model_config.py); do not edit.
@@ -63,8 +61,9 @@ output [ {{ name: "{OUTPUT}" data_type: TYPE_FP32 dims: [ -1 ] }} ]
 instance_group [ {{ kind: KIND_AUTO count: 1 }} ]
 # The newest answers; the one before stays loaded until the next, so that going back is instant.
 version_policy {{ latest {{ num_versions: {VERSIONS_KEPT} }} }}
-# Present for its queue limit alone: a queue without one grows until memory is gone.
-dynamic_batching {{ default_queue_policy {{ max_queue_size: {MAX_QUEUE_REQUESTS} }} }}
+dynamic_batching {{ default_queue_policy {{ max_queue_size: 1000 }} }}
+# No dynamic_batching, not even for its queue limit: with max_batch_size 0 requests that wait behind others
+# stall for half a second each. The queue is bounded by the callers: one call at a time, and a breaker.
 {lines}
 """
 
@@ -92,9 +91,7 @@ def check_config(config: ModelConfig, model: str, feature_schema: str, n_feature
     inputs = {entry.name: entry for entry in config.input}
     outputs = {entry.name: entry for entry in config.output}
     if set(inputs) != {INPUT} or OUTPUT not in outputs:
-        raise BadScores(
-            f"{model} maps {sorted(inputs)} to {sorted(outputs)}; wanted is ['{INPUT}'] to ['{OUTPUT}']"
-        )
+        raise BadScores(f"{model} maps {sorted(inputs)} to {sorted(outputs)}; wanted is ['{INPUT}'] to ['{OUTPUT}']")
     if {inputs[INPUT].data_type, outputs[OUTPUT].data_type} != {DataType.TYPE_FP32}:
         raise BadScores(f"{model}: {INPUT} and {OUTPUT} must be TYPE_FP32")
     width = inputs[INPUT].dims[-1] if inputs[INPUT].dims else 0

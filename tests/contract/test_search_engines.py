@@ -22,7 +22,7 @@ CAPACITY, DIM = 300, 12
 def filled(name: str, seed: int = 0) -> tuple[Any, np.random.Generator]:
     rng = np.random.default_rng(seed)
     engine: Any = make_engine(name, CAPACITY, DIM)
-    engine.put(np.arange(CAPACITY, dtype=np.int32), rng.standard_normal((CAPACITY, DIM)).astype(np.float32))
+    engine.embeddings[:] = rng.standard_normal((CAPACITY, DIM)).astype(np.float32)
     return engine, rng
 
 
@@ -72,23 +72,15 @@ def test_ids_and_scores_are_those_of_a_full_sort_under_any_masks(
 
 
 @engines
-def test_a_row_put_is_found_by_the_next_search(name: str) -> None:
+def test_a_row_written_is_found_by_the_next_search(name: str) -> None:
     engine, rng = filled(name)
     query = some_queries(rng, 1)
     before = engine.search(query, everything(), of_mask_zero(1), 1)
     assert before.slots[0, 0] != 17
-    engine.put(np.array([17], np.int32), 100 * query)
+    engine.embeddings[17] = 100 * query[0]
     after = engine.search(query, everything(), of_mask_zero(1), 1)
     assert after.slots[0, 0] == 17
     np.testing.assert_array_equal(engine.embeddings[17], 100 * query[0])
-
-
-@engines
-def test_a_row_written_to_the_embedding_column_is_found_too(name: str) -> None:
-    engine, rng = filled(name)
-    query = some_queries(rng, 1)
-    engine.embeddings[201] = 100 * query[0]
-    assert engine.search(query, everything(), of_mask_zero(1), 1).slots[0, 0] == 201
 
 
 @engines
@@ -186,7 +178,7 @@ def test_engines_agree_bit_for_bit_on_many_rows(k: int) -> None:
     answers = []
     for name in ENGINE_NAMES:
         engine = make_engine(name, *rows.shape)
-        engine.put(np.arange(20_000, dtype=np.int32), rows)
+        engine.embeddings[:20_000] = rows
         answers.append(engine.search(queries, eligible, mask_of, k))
     for other in answers[1:]:
         np.testing.assert_array_equal(answers[0].slots, other.slots)
@@ -211,26 +203,6 @@ def test_a_bad_search_argument_is_refused_by_name(name: str, argument: str, bad:
     good = {"queries": some_queries(rng, 1), "eligible": everything(), "mask_of": of_mask_zero(1), "k": 3}
     with pytest.raises(ValueError, match=f"^{argument}:"):
         engine.search(**{**good, argument: bad})
-
-
-@engines
-@pytest.mark.parametrize(
-    ("argument", "bad"),
-    [
-        ("slots", np.array([0, CAPACITY], np.int32)),
-        ("slots", np.array([0, -1], np.int32)),
-        ("slots", np.array([0, 1], np.int64)),
-        ("embeddings", np.zeros((2, DIM + 1), np.float32)),
-        ("embeddings", np.zeros((3, DIM), np.float32)),
-    ],
-)
-def test_a_bad_put_is_refused_by_name_and_changes_nothing(name: str, argument: str, bad: Any) -> None:
-    engine, _ = filled(name)
-    before = engine.embeddings.copy()
-    good = {"slots": np.array([0, 1], np.int32), "embeddings": np.zeros((2, DIM), np.float32)}
-    with pytest.raises(ValueError, match=f"^{argument}:"):
-        engine.put(**{**good, argument: bad})
-    np.testing.assert_array_equal(engine.embeddings, before)
 
 
 def test_an_unknown_engine_is_refused_with_the_names_there_are() -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,9 +72,7 @@ def job(clock: ManualClock, rows: int = 50) -> RefreshJob:
 
 
 @pytest.mark.parametrize("rows", [1, 1_000, 65_536])
-def test_triton_and_local_agree_on_the_same_model(
-    triton: ts.RunningTriton, repository: Path, rows: int
-) -> None:
+def test_triton_and_local_agree_on_the_same_model(triton: ts.RunningTriton, repository: Path, rows: int) -> None:
     remote = scorer_for(triton)
     local = LocalScorer(repository, "trendiness", ts.SCHEMA, ts.N_FEATURES)
     x = features(rows)
@@ -259,6 +258,26 @@ def test_killed_triton_degrades_to_last_good_then_formula_and_recovers_by_itself
         np.testing.assert_array_equal(result.scores, first.scores)
         assert refresher.close()
         scorer.close()
+
+
+def test_servers_that_share_a_triton_do_not_wait_for_each_other(triton: ts.RunningTriton) -> None:
+    """Forty calls at once take milliseconds; with dynamic batching in the configuration, seconds."""
+    client = InferenceServerClient(triton.address)
+    x = features(1)
+    tensor = InferInput("features", x.shape, "FP32").set_data_from_numpy(x)
+    errors: list[Exception | None] = []
+    for _ in range(3):
+        started, errors = time.monotonic(), []
+
+        def keep(result: InferResult, error: Exception | None, errors: list[Any] = errors) -> None:
+            errors.append(error)
+
+        for _ in range(40):
+            client.async_infer("trendiness", [tensor], keep)
+        ts.eventually(lambda errors=errors: len(errors) == 40)
+        assert errors == [None] * 40
+        assert time.monotonic() - started < 1.0
+    client.close()
 
 
 def test_joined_requests_get_each_their_own_rows(tmp_path: Path) -> None:

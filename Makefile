@@ -1,0 +1,37 @@
+# make demo · test · check · bench: each sets up what it needs. Python 3.11+, make and git are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PROTOS := $(wildcard proto/liverank/v1/*.proto) proto/build_hook.py
+
+.PHONY: demo test check bench serve setup train triton clean
+
+setup: $(VENV)/.serving            ## the `liverank` command in .venv/bin
+demo: setup triton                 ## Triton, server, simulated platform: one minute, then a line of JSON
+	$(BIN)/liverank demo
+serve: setup                       ## a server with the default settings (model in process)
+	$(BIN)/liverank serve
+test: $(VENV)/.testing triton      ## all tests, a real Triton included
+	$(BIN)/python -m pytest
+check: $(VENV)/.testing            ## style, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+bench: setup                       ## first figures; the last line is JSON
+	$(BIN)/liverank bench first
+train: $(VENV)/.testing            ## trains the shipped trendiness model from the simulator
+	$(BIN)/python -m models.train
+triton:                            ## status 3: this machine cannot run it, which is said and not hidden
+	@triton/setup.sh || [ $$? -eq 3 ]
+clean:
+	rm -rf $(VENV) .triton build liverank liverank-data
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+$(VENV)/.serving: pyproject.toml $(PROTOS) | $(VENV)/bin/python
+	$(PIP) --editable .
+	@touch $@
+$(VENV)/.testing: $(VENV)/.serving
+	$(PIP) --editable '.[dev,train]'
+	@touch $@
