@@ -35,22 +35,28 @@ DAY_MS = 86_400_000
 
 @dataclass(frozen=True)
 class Platform:
-    """What differs between the simulated platforms to learn from, in simulated time, and how slow they are."""
+    """What differs between the simulated platforms to learn from.
+
+    Session length and how often the apps tell, in simulated time; how many times slower life is than
+    simulated; the crowd of the most popular creator.
+    """
 
     session_minutes: int
     interaction_ms: int
     slowness: int
+    top_audience: float
 
 
-# Platforms differ in pace and in how often their apps tell; the model should not care.
+# Platforms differ in pace, in size, and in how often their apps tell; the model should not care.
 PLATFORMS = (
-    Platform(30, 10_000, 1),
-    Platform(30, 10_000, 4),
-    Platform(60, 60_000, 1),
-    Platform(15, 10_000, 6),
-    Platform(15, 10_000, 1),
-    Platform(30, 30_000, 2),
-    Platform(45, 10_000, 12),
+    Platform(30, 10_000, 1, 20_000),
+    Platform(30, 10_000, 4, 100_000),
+    Platform(60, 60_000, 1, 20_000),
+    Platform(15, 10_000, 6, 20_000),
+    Platform(15, 10_000, 1, 100_000),
+    Platform(30, 30_000, 2, 200_000),
+    Platform(45, 10_000, 12, 200_000),
+    Platform(20, 10_000, 12, 50_000),
 )
 TEST_SEED_OFFSET = 1_000
 # How the unseen platform is told in the second test.
@@ -89,6 +95,7 @@ def world_settings(settings: TrainSettings, number: int, seed: int) -> WorldSett
         seed=seed, target_live=settings.streams, start_ms=start_ms - start_ms % 60_000, step_ms=5_000,
         heartbeat_ms=10_000, embedding_dim=8, n_creators=max(20_000, 4 * settings.streams),
         mean_session_ms=platform.session_minutes * 60_000, interaction_ms=platform.interaction_ms,
+        top_audience=platform.top_audience,
     )  # fmt: skip
 
 
@@ -123,7 +130,7 @@ def train(settings: TrainSettings, features: FeatureSet, say: Callable[[str], No
         "features": list(features.names),
         "target": {
             "horizon_minutes": target.HORIZON_MINUTES, "top_share": target.TOP_SHARE,
-            "prior_viewers": target.PRIOR_VIEWERS, "min_growth": target.MIN_GROWTH,
+            "prior_viewers": target.PRIOR_VIEWERS,
         },
         "settings": asdict(settings),
         "data_digest": rows.digest(),

@@ -49,9 +49,7 @@ def eventually(condition: Callable[[], Any], within_s: float = 10.0, what: str =
 
 @functools.cache
 def _setup() -> tuple[int, str]:
-    done = subprocess.run(
-        [ROOT / "triton" / "setup.sh"], capture_output=True, text=True, timeout=900, check=False
-    )
+    done = subprocess.run([ROOT / "triton" / "setup.sh"], capture_output=True, text=True, timeout=900, check=False)
     return done.returncode, (done.stdout + done.stderr).strip()
 
 

@@ -61,9 +61,8 @@ output [ {{ name: "{OUTPUT}" data_type: TYPE_FP32 dims: [ -1 ] }} ]
 instance_group [ {{ kind: KIND_AUTO count: 1 }} ]
 # The newest answers; the one before stays loaded until the next, so that going back is instant.
 version_policy {{ latest {{ num_versions: {VERSIONS_KEPT} }} }}
-dynamic_batching {{ default_queue_policy {{ max_queue_size: 1000 }} }}
-# No dynamic_batching, not even for its queue limit: with max_batch_size 0 requests that wait behind others
-# stall for half a second each. The queue is bounded by the callers: one call at a time, and a breaker.
+# No dynamic_batching for the sake of its queue limit: with max_batch_size 0 a queue policy makes requests
+# that wait behind others stall for seconds. Callers bound the queue: one call at a time, and a breaker.
 {lines}
 """
 

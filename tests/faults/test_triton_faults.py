@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
+from tritonclient.grpc import InferenceServerClient
 
 from server.clock import ManualClock
 from server.config import ScoringSettings
@@ -258,49 +257,3 @@ def test_killed_triton_degrades_to_last_good_then_formula_and_recovers_by_itself
         np.testing.assert_array_equal(result.scores, first.scores)
         assert refresher.close()
         scorer.close()
-
-
-def test_servers_that_share_a_triton_do_not_wait_for_each_other(triton: ts.RunningTriton) -> None:
-    """Forty calls at once take milliseconds; with dynamic batching in the configuration, seconds."""
-    client = InferenceServerClient(triton.address)
-    x = features(1)
-    tensor = InferInput("features", x.shape, "FP32").set_data_from_numpy(x)
-    errors: list[Exception | None] = []
-    for _ in range(3):
-        started, errors = time.monotonic(), []
-
-        def keep(result: InferResult, error: Exception | None, errors: list[Any] = errors) -> None:
-            errors.append(error)
-
-        for _ in range(40):
-            client.async_infer("trendiness", [tensor], keep)
-        ts.eventually(lambda errors=errors: len(errors) == 40)
-        assert errors == [None] * 40
-        assert time.monotonic() - started < 1.0
-    client.close()
-
-
-def test_joined_requests_get_each_their_own_rows(tmp_path: Path) -> None:
-    config = f"""name: "trendiness" platform: "onnxruntime_onnx" max_batch_size: 64
-        input [ {{ name: "features" data_type: TYPE_FP32 dims: [ {ts.N_FEATURES} ] }} ]
-        output [ {{ name: "trend" data_type: TYPE_FP32 dims: [ 2 ] }} ]
-        dynamic_batching {{ preferred_batch_size: [ 15 ] max_queue_delay_microseconds: 5000000 }}"""
-    ts.put_model(tmp_path / "repository", "trendiness", ts.two_columns_out(), config=config)
-    with ts.running_triton(tmp_path / "repository", tmp_path / "triton.log", "trendiness") as triton:
-        client = InferenceServerClient(triton.address)
-        inputs = [features(rows, seed=rows) for rows in (1, 2, 3, 4, 5)]
-        answers: dict[int, NDArray[np.float32]] = {}
-
-        def keep(result: InferResult, error: Exception | None) -> None:
-            answers[int(result.get_response().id)] = result.as_numpy("trend")
-
-        for x in inputs:
-            tensor = InferInput("features", x.shape, "FP32").set_data_from_numpy(x)
-            client.async_infer("trendiness", [tensor], keep, request_id=str(len(x)))
-        ts.eventually(lambda: len(answers) == len(inputs))
-        statistics = client.get_inference_statistics("trendiness").model_stats[0]
-        client.close()
-    for x in inputs:
-        expected = 1 / (1 + np.exp(-x.sum(axis=1)))
-        np.testing.assert_allclose(answers[len(x)], np.stack([expected, expected], axis=1), atol=1e-5)
-    assert (statistics.inference_count, statistics.execution_count) == (15, 1), "not joined into one run"

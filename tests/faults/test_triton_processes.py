@@ -93,9 +93,7 @@ def test_shared_memory_of_a_killed_runner_is_swept_by_the_next(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("option", "answer"), [("-s", "Darwin"), ("-m", "aarch64")])
-def test_setup_says_in_one_sentence_why_a_machine_cannot_run_triton(
-    option: str, answer: str, tmp_path: Path
-) -> None:
+def test_setup_says_in_one_sentence_why_a_machine_cannot_run_triton(option: str, answer: str, tmp_path: Path) -> None:
     shutil.copytree(ts.ROOT / "triton", tmp_path / "triton")
     uname = tmp_path / "bin" / "uname"
     uname.parent.mkdir()

@@ -294,6 +294,4 @@ def test_telemetry_that_raises_changes_nothing() -> None:
 
 def test_a_feature_file_without_the_formulas_features_fails_at_start() -> None:
     with pytest.raises(ConfigError, match="viewers_mean_30m"):
-        Refresher(
-            ScriptedScorer(first_feature), SETTINGS, ("viewers_mean_1m",), ManualClock(0), lambda result: None
-        )
+        Refresher(ScriptedScorer(first_feature), SETTINGS, ("viewers_mean_1m",), ManualClock(0), lambda result: None)

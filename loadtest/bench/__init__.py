@@ -1,0 +1,1 @@
+"""`liverank bench NAME`: each prints a table and, last, one line of JSON."""
