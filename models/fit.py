@@ -21,7 +21,7 @@ from models.trendiness import Trendiness, scaling
 class FitSettings:
     """How long and how fast to learn."""
 
-    max_epochs: int = 40
+    max_epochs: int = 15
     patience_epochs: int = 5
     batch_rows: int = 2048
     learning_rate: float = 3e-3

@@ -113,12 +113,14 @@ class Engine:
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._results: deque[RefreshResult] = deque()
         self._parked: list[_Waiting] = []
+        self._in_hand: list[Future[Any]] = []  # taken from the queues in this turn of the loop
         self._touched: list[NDArray[np.int32]] = []
         self._next_tick_s = 0.0
         self._next_refresh_ms = 0
         self._around = _Around(np.zeros(0, np.int32), features)
         self._batch_s = 0.0
         self._stopping = False
+        self._failed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- from other threads -------------------------------------------------------------------
@@ -131,8 +133,12 @@ class Engine:
     def committed(self, group: list[Committed]) -> None:
         """Takes batches that became durable, in log order."""
         with self._wake:
-            self._committed.append(group)
-            self._wake.notify()
+            if not self._failed:
+                self._committed.append(group)
+                self._wake.notify()
+                return
+        for committed in group:
+            committed.submission.done.set_exception(Draining("the engine failed; the server is going away"))
 
     def scored(self, result: RefreshResult) -> None:
         """Takes the result of a score refresh."""
@@ -202,8 +208,8 @@ class Engine:
 
     def _fail_everything(self, error: LiverankError) -> None:
         with self._wake:
-            self._stopping = True
-            futures: list[Future[Any]] = [w.done for w in (*self._rank, *self._parked)]
+            self._stopping = self._failed = True
+            futures = self._in_hand + [w.done for w in (*self._rank, *self._parked)]
             futures += [done for _, done in self._calls]
             futures += [c.submission.done for group in self._committed for c in group]
         for future in futures:
@@ -218,6 +224,8 @@ class Engine:
                 results, self._results = list(self._results), deque()
                 calls, self._calls = list(self._calls), deque()
                 waiting = self._take_rank_batch()
+                self._in_hand = [c.submission.done for group in groups for c in group]
+                self._in_hand += [done for _, done in calls] + [w.done for w in waiting]
                 finished = self._stopping and not (groups or results or calls or waiting or self._parked)
             if finished:
                 return

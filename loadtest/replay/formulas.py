@@ -62,9 +62,7 @@ class Formulas:
         }
         return {name: score for name, score in scores.items() if self._has_likes or name not in NEED_LIKES}
 
-    def _mastodon(
-        self, t_s: int, observed: NDArray[np.float64], before: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def _mastodon(self, t_s: int, observed: NDArray[np.float64], before: NDArray[np.float64]) -> NDArray[np.float64]:
         expected = np.maximum(before, 1.0)
         surprise = (observed - expected) ** 2 / expected
         surprise[(observed < MASTODON_THRESHOLD) | (observed <= expected)] = 0.0

@@ -21,8 +21,15 @@ from server.errors import ConfigError
 
 REQUIRED = ("t_folded_s", "event", "video_id", "viewers")
 TEXT = ("event", "video_id", "channel", "org")
-NUMBERS = {"t_folded_s": 2**53, "viewers": 2**32 - 1, "likes": 2**53, "likes_delta": 2**32 - 1, "comments": 2**53}
-"""Numeric column → largest value allowed: exact in a float64, and what the message's field can carry."""
+NUMBERS = {
+    "t_folded_s": 2**31 - 1,
+    "viewers": 2**32 - 1,
+    "likes": 2**53,
+    "likes_delta": 2**32 - 1,
+    "comments": 2**53,
+}
+"""Numeric column → largest value allowed: what the message's field can carry; totals: exact in a float64; times: on
+the file's clock, before the year 2100."""
 
 
 class Kind(IntEnum):
