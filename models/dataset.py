@@ -71,7 +71,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     """What the table said at one minute. stream int32[n], features float32[n, F]."""
 
     stream: NDArray[np.int32]
@@ -106,7 +106,7 @@ def simulate(
         raise ValueError(f"minutes: more than {HORIZON_MINUTES} wanted, got {minutes}")
     platform = World(settings)
     tables = [new_table(table_settings(settings, slowness)) for _ in tellings]
-    readings: list[list[_Reading]] = []
+    readings: list[list[Reading]] = []
     audiences: list[NDArray[np.int64]] = []
     for minute in range(WARM_UP_MINUTES * slowness + minutes):
         for _ in range(MINUTE_MS // step_ms):
@@ -118,7 +118,7 @@ def simulate(
             readings.append([_read(platform, table, now_ms, features) for table in tables])
             audiences.append(audience(platform))
     honest = ~np.isin(platform.streams.flaw, (Flaw.VIEW_BOT, Flaw.CHAT_SPAM))
-    return [_join([r[i] for r in readings], audiences, honest, world) for i in range(len(tellings))]
+    return [join_later([r[i] for r in readings], audiences, honest, world) for i in range(len(tellings))]
 
 
 def audience(platform: World) -> NDArray[np.int64]:
@@ -127,15 +127,15 @@ def audience(platform: World) -> NDArray[np.int64]:
     return np.where(on_air, platform.streams.viewers, 0)
 
 
-def _read(platform: World, table: LiveTable, now_ms: int, features: FeatureSet) -> _Reading:
+def _read(platform: World, table: LiveTable, now_ms: int, features: FeatureSet) -> Reading:
     slots = np.flatnonzero(table.live_mask(now_ms)).astype(np.int32)
     stream = platform.streams.rows_of([table.stream_id(int(slot)) for slot in slots])
     values = features.compute(table.columns, slots, now_ms, table.landmark_ms).values
-    return _Reading(stream.astype(np.int32), values)
+    return Reading(stream.astype(np.int32), values)
 
 
-def _join(
-    readings: Sequence[_Reading],
+def join_later(
+    readings: Sequence[Reading],
     audiences: Sequence[NDArray[np.int64]],
     honest: NDArray[np.bool_],
     world: int,

@@ -7,6 +7,7 @@ are not declared here, or write operator sets that servers do not know yet.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -123,7 +124,8 @@ def publish(
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     (hidden / "model.onnx").write_bytes(graph)
-    (hidden / "metrics.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(without_nan(facts), indent=2, sort_keys=True, allow_nan=False)
+    (hidden / "metrics.json").write_text(text + "\n")
     config = folder / ".new-config.pbtxt"
     config.write_text(render_config(schema, len(model.mean), config_metrics, MODEL_NAME))
     os.replace(config, folder / "config.pbtxt")
@@ -131,3 +133,12 @@ def publish(
         shutil.rmtree(final)
     os.replace(hidden, final)
     return final
+
+
+def without_nan(facts: Any) -> Any:
+    """The same with None for numbers that could not be measured: JSON has no NaN."""
+    if isinstance(facts, Mapping):
+        return {key: without_nan(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [without_nan(value) for value in facts]
+    return None if isinstance(facts, float) and not math.isfinite(facts) else facts

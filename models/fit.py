@@ -71,9 +71,11 @@ def _descend(
     optimiser = AdamW(model.parameters(), settings.learning_rate, settings.weight_decay, steps)
     best, best_loss, best_epoch = copy.deepcopy(model.state_dict()), float("inf"), 0
     for epoch in range(1, settings.max_epochs + 1):
-        for batch in torch.from_numpy(rng.permutation(len(y))).split(settings.batch_rows):
+        order = torch.from_numpy(rng.permutation(len(y)))
+        for first in range(0, len(y), settings.batch_rows):
+            batch = order[first : first + settings.batch_rows]
             loss = binary_cross_entropy_with_logits(model.logit(x[batch]), y[batch])
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
         with torch.inference_mode():
             stop_loss = float(binary_cross_entropy_with_logits(model.logit(x_stop), y_stop))

@@ -4,7 +4,8 @@ A stream is **trending** at minute t if, ``HORIZON_MINUTES`` later, its growth s
 
     g = (v(t + 5 min) - v(t)) / sqrt(v(t) + 20)
 
-is among the largest ``TOP_SHARE`` of all streams live at t, is above 0, and the stream is no fraud. v counts people (not bots) watching; it is 0 once a stream has ended.
+is among the largest ``TOP_SHARE`` of all streams live at t, is above 0, and the stream is no fraud. v counts
+people (not bots) watching; it is 0 once a stream has ended.
 
 Why so:
 

@@ -23,7 +23,7 @@ from loadtest.world import WorldSettings
 from models import target
 from models.dataset import Rows, concatenate, simulate, split_by_time
 from models.evaluation import report
-from models.export import publish
+from models.export import publish, without_nan
 from models.fit import FitSettings, fit
 from models.telling import Telling, everything, mixed, only
 from models.trendiness import Trendiness, predict
@@ -121,6 +121,7 @@ def train(settings: TrainSettings, features: FeatureSet, say: Callable[[str], No
 
     tests = {"later_time": concatenate([split_by_time(p, settings.minutes).test for p in parts[::2]])}
     tests["later_time_mixed"] = concatenate([split_by_time(p, settings.minutes).test for p in parts[1::2]])
+    # Platforms of the first two kinds, with other people on them.
     for number, prefix in ((0, "unseen"), (1, "unseen_slow"))[: settings.platforms]:
         unseen = world_settings(settings, number, settings.seed + TEST_SEED_OFFSET)
         told = simulate(
@@ -137,6 +138,7 @@ def train(settings: TrainSettings, features: FeatureSet, say: Callable[[str], No
             "prior_viewers": target.PRIOR_VIEWERS,
         },
         "settings": asdict(settings),
+        "platforms": [asdict(PLATFORMS[i % len(PLATFORMS)]) for i in range(settings.platforms)],
         "data_digest": rows.digest(),
         "rows": {"fit": len(split.fit), "stop": len(split.stop), "calibrate": len(split.calibrate)},
         "parameters": sum(p.numel() for p in fitted.model.parameters()),
@@ -182,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         headline(trained.facts),
     )  # fmt: skip
     print(f"wrote {folder} in {time.monotonic() - began:.0f} s", flush=True)
-    print(json.dumps(headline(trained.facts)))
+    print(json.dumps(without_nan(headline(trained.facts))))
     return 0
 
 
