@@ -1,7 +1,7 @@
 """Blends what is known about a candidate into one utility.
 
 utility = trend_weight * trend + similarity_weight * max(0, cosine) + followed_bonus [followed]
-        + fresh_bonus * max(0, 1 - age / fresh_age) [fresh] + boost
+        + fresh_bonus * max(0, 1 - age / fresh_age) [fresh] + boost_weight * boost
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class BlendWeights(NamedTuple):
     followed: NDArray[np.float32]
     fresh: NDArray[np.float32]
     cold_start: NDArray[np.float32]
+    boost: NDArray[np.float32]
 
 
 @njit(cache=True, nogil=True)
@@ -52,7 +53,8 @@ def _blend(
             if s < 0:
                 break
             t = trend[s]
-            u = weights.trend[b] * (weights.cold_start[b] if np.isnan(t) else t) + boost[s]
+            u = weights.trend[b] * (weights.cold_start[b] if np.isnan(t) else t)
+            u += weights.boost[b] * boost[s]
             if personal:
                 dot = np.float32(0.0)
                 for d in range(queries.shape[1]):
@@ -133,7 +135,7 @@ def blend_reference(
     """Plain version of `blend`."""
     at = np.maximum(slots, 0)
     t = np.where(np.isnan(trend[at]), weights.cold_start[:, None], trend[at])
-    utility = weights.trend[:, None] * t + boost[at]
+    utility = weights.trend[:, None] * t + weights.boost[:, None] * boost[at]
     dot = np.einsum("bd,bkd->bk", queries, embeddings[at])
     personal = (queries != 0).any(axis=1)[:, None]
     utility += np.where(personal, weights.similarity[:, None] * np.maximum(dot, 0), 0)

@@ -17,9 +17,7 @@ def require_array(name: str, array: NDArray[Any], dtype: DTypeLike, shape: tuple
     if not isinstance(array, np.ndarray) or array.dtype != np.dtype(dtype):
         found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueError(f"{name}: must be an array of {np.dtype(dtype)}, got {found}")
-    wrong_length = any(
-        want is not None and got != want for got, want in zip(array.shape, shape, strict=False)
-    )
+    wrong_length = any(want is not None and got != want for got, want in zip(array.shape, shape, strict=False))
     if array.ndim != len(shape) or wrong_length:
         wanted = ", ".join("any" if length is None else str(length) for length in shape)
         raise ValueError(f"{name}: must have shape [{wanted}], got {list(array.shape)}")

@@ -247,7 +247,7 @@ def fence_events(
             lease_ms,
             max_lateness_ms,
             max_future_ms,
-        )  # fmt: skip
+        )
     )
 
 

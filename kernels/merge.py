@@ -86,9 +86,7 @@ def merge_candidates(
         if len(column) and int(column.max()) >= n_slots:
             raise ValueError(f"{name}: below {n_slots} allowed, got {int(column.max())}")
     width = int(np.diff(offsets).max()) if len(offsets) > 1 else 0
-    out, bits, counts, dropped = _merge(
-        slots, sources, offsets, excluded, excluded_offsets, n_slots, max(width, 1)
-    )
+    out, bits, counts, dropped = _merge(slots, sources, offsets, excluded, excluded_offsets, n_slots, max(width, 1))
     used = max(1, int(counts.max(initial=0)))
     return np.ascontiguousarray(out[:, :used]), np.ascontiguousarray(bits[:, :used]), counts, dropped
 

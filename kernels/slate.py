@@ -402,9 +402,7 @@ def _best(
             continue  # its penalty can only have grown
         slot = row[p]
         category = categories[slot]
-        if _among(full[0], n_full[0], creators[slot]) or (
-            category != 0 and _among(full[1], n_full[1], category)
-        ):
+        if _among(full[0], n_full[0], creators[slot]) or (category != 0 and _among(full[1], n_full[1], category)):
             free[p] = False  # places are never given back
             continue
         if weight > 0:
@@ -556,12 +554,8 @@ def _select(
             slot = row[best]
             for i in range(embeddings.shape[1]):
                 chosen[n_chosen, i] = embeddings[slot, i]
-            n_full[0] += _count_place(
-                creators[slot], taken[0], n_chosen, creator_caps[b], full[0, n_full[0] :]
-            )
-            n_full[1] += _count_place(
-                categories[slot], taken[1], n_chosen, category_caps[b], full[1, n_full[1] :]
-            )
+            n_full[0] += _count_place(creators[slot], taken[0], n_chosen, creator_caps[b], full[0, n_full[0] :])
+            n_full[1] += _count_place(categories[slot], taken[1], n_chosen, category_caps[b], full[1, n_full[1] :])
             n_chosen += 1
 
         length = n_greedy + n_drawn

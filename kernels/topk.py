@@ -349,9 +349,7 @@ def _collect(
                 count = keep
                 keys[b, :keep] = np.sort(keys[b])[:keep]
                 keys[b, keep:] = _NO_HIT
-                worst = canonical_inner(
-                    queries[b], table[np.int64(keys[b, keep - 1] & np.uint64(0xFFFFFFFF))]
-                )
+                worst = canonical_inner(queries[b], table[np.int64(keys[b, keep - 1] & np.uint64(0xFFFFFFFF))])
                 raised = np.float32(worst - errors[b])
                 if raised > worst - errors[b]:  # rounded up
                     raised = np.nextafter(raised, np.float32(-np.inf))

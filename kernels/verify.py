@@ -53,37 +53,84 @@ class RowColumns(NamedTuple):
     category: NDArray[np.int32]
 
 
-@njit(cache=True, nogil=True)
-def check_row(row: RowColumns, s: int, f: FilterColumns, v: int, exclude_bits: np.uint32, now_ms: int) -> int:
-    """`Drop` code of row ``s`` for filter ``v``; 0 when it may be shown."""
-    if row.state[s] != LIVE:
+@njit(cache=True, nogil=True, inline="always")
+def _check_values(
+    state: int,
+    lease_expires_ms: int,
+    rule_bits: np.uint32,
+    region: int,
+    age_rating: int,
+    language: int,
+    category: int,
+    f_region: int,
+    f_max_age_rating: int,
+    f_any_language: bool,
+    f_languages: NDArray[np.bool_],
+    f_any_category: bool,
+    f_categories: NDArray[np.bool_],
+    exclude_bits: np.uint32,
+    now_ms: int,
+) -> int:
+    """The one predicate: `Drop` code of a row with these values for a filter with these; 0: may be shown.
+
+    Takes values, not columns: handing arrays to a function once per row costs more than the comparisons.
+    """
+    if state != LIVE:
         return 1
-    if row.lease_expires_ms[s] <= now_ms:
+    if lease_expires_ms <= now_ms:
         return 2
-    if row.rule_bits[s] & exclude_bits:
+    if rule_bits & exclude_bits:
         return 3
-    if row.region[s] != 0 and row.region[s] != f.region[v]:
+    if region != 0 and region != f_region:
         return 4
-    if row.age_rating[s] > f.max_age_rating[v]:
+    if age_rating > f_max_age_rating:
         return 5
-    language = row.language[s]
-    if not f.any_language[v] and not (language < f.languages.shape[1] and f.languages[v, language]):
+    if not f_any_language and not (language < f_languages.shape[0] and f_languages[language]):
         return 6
-    category = row.category[s]
-    if not f.any_category[v] and not (category < f.categories.shape[1] and f.categories[v, category]):
+    if not f_any_category and not (category < f_categories.shape[0] and f_categories[category]):
         return 7
     return 0
 
 
 @njit(cache=True, nogil=True)
-def eligible_rows(
-    row: RowColumns, n_rows: int, f: FilterColumns, v: int, exclude_bits: np.uint32, now_ms: int
-) -> NDArray[np.bool_]:
-    """bool[n_rows]: which rows pass filter ``v`` now. The same predicate as the last check."""
-    out = np.empty(n_rows, dtype=np.bool_)
-    for s in range(n_rows):
-        out[s] = check_row(row, s, f, v, exclude_bits, now_ms) == 0
+def _check_rows(
+    row: RowColumns,
+    slots: NDArray[np.int32],
+    f: FilterColumns,
+    v: int,
+    exclude_bits: np.uint32,
+    now_ms: int,
+) -> NDArray[np.uint8]:
+    state, lease, bits = row.state, row.lease_expires_ms, row.rule_bits
+    region, age, language, category = row.region, row.age_rating, row.language, row.category
+    languages, categories = f.languages[v], f.categories[v]
+    f_region, f_age = f.region[v], f.max_age_rating[v]
+    any_language, any_category = f.any_language[v], f.any_category[v]
+    out = np.empty(slots.shape[0], dtype=np.uint8)
+    for i in range(slots.shape[0]):
+        s = slots[i]
+        out[i] = _check_values(
+            state[s], lease[s], bits[s], region[s], age[s], language[s], category[s], f_region, f_age,
+            any_language, languages, any_category, categories, exclude_bits, now_ms,
+        )  # fmt: skip
     return out
+
+
+def check_rows(
+    row: RowColumns,
+    slots: NDArray[np.int32],
+    filters: FilterColumns,
+    v: int,
+    exclude_bits: int,
+    now_ms: int,
+) -> NDArray[np.uint8]:
+    """`Drop` codes uint8[n] of rows ``slots`` int32[n] for row ``v`` of ``filters``; 0: may be shown now.
+
+    Raises ValueError when a slot is outside the table. Cost: one pass, about 30 bytes per row.
+    """
+    if len(slots) and not (int(slots.min()) >= 0 and int(slots.max()) < len(row.state)):
+        raise ValueError(f"slots: 0 to {len(row.state) - 1} allowed")
+    return np.asarray(_check_rows(row, slots, filters, v, np.uint32(exclude_bits), now_ms))
 
 
 @njit(cache=True, nogil=True)
@@ -102,14 +149,14 @@ def _verify(
     counts = np.zeros(rows, dtype=np.int32)
     drops = np.zeros((rows, width), dtype=np.uint8)
     for b in range(rows):
+        codes = _check_rows(row, picks[b, : n_picks[b]], f, filter_of[b], exclude_bits, now_ms)
         n = 0
         for i in range(n_picks[b]):
             if n == limits[b]:
                 drops[b, i] = 8
                 continue
-            code = check_row(row, picks[b, i], f, filter_of[b], exclude_bits, now_ms)
-            drops[b, i] = code
-            if code == 0:
+            drops[b, i] = codes[i]
+            if codes[i] == 0:
                 kept[b, n] = i
                 n += 1
         counts[b] = n
@@ -148,9 +195,7 @@ def verify_picks(
     used = picks[np.arange(width)[None, :] < n_picks[:, None]]
     if len(used) and not (int(used.min()) >= 0 and int(used.max()) < len(row.state)):
         raise ValueError(f"picks: 0 to {len(row.state) - 1} allowed")
-    kept, counts, drops = _verify(
-        picks, n_picks, limits, filter_of, row, filters, np.uint32(exclude_bits), now_ms
-    )
+    kept, counts, drops = _verify(picks, n_picks, limits, filter_of, row, filters, np.uint32(exclude_bits), now_ms)
     return kept, counts, drops
 
 

@@ -53,9 +53,7 @@ def set_up_triton() -> str:
     Raises:
         NotStartedError: the set-up failed for another reason.
     """
-    done = subprocess.run(
-        [ROOT / "triton" / "setup.sh"], capture_output=True, text=True, timeout=900, check=False
-    )
+    done = subprocess.run([ROOT / "triton" / "setup.sh"], capture_output=True, text=True, timeout=900, check=False)
     if done.returncode == CANNOT_RUN_HERE:
         return done.stdout.strip()
     if done.returncode != 0:

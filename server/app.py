@@ -125,18 +125,14 @@ class App:
         engine, recorder = self.engine, self.recorder
         control = Control(engine, self._commit)
         ingest = IngestService(engine, self._commit, recorder, self._slots)
-        self._grpc.add_generic_rpc_handlers(
-            (ranking_handler(RankingService(engine, recorder)), ingest_handler(ingest))
-        )
+        self._grpc.add_generic_rpc_handlers((ranking_handler(RankingService(engine, recorder)), ingest_handler(ingest)))
         liveness_pb2_grpc.add_LivenessServicer_to_server(
             LivenessService(engine, control, recorder, self._slots), self._grpc
         )
         admin = AdminService(engine, control, recorder)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection(
-            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc
-        )
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def start(self) -> None:

@@ -59,9 +59,7 @@ def _print_explanation(found: pb.ExplainResponse) -> None:
     shown = f"place {found.position_in_slate}" if found.position_in_slate else "not shown"
     why = f": {found.not_shown_reason}" if found.not_shown_reason else ""
     console.print(f"{found.stream_id} epoch {found.epoch} {found.state}: {shown}{why}")
-    console.print(
-        f"sources: {', '.join(found.sources) or 'none'}; place by utility {found.position_before_slate}"
-    )
+    console.print(f"sources: {', '.join(found.sources) or 'none'}; place by utility {found.position_before_slate}")
     scores = Table("score", "value", "age ms")
     for score in found.scores:
         scores.add_row(score.name, f"{score.value:.4f}", str(score.age_ms))

@@ -105,9 +105,7 @@ class RankSettings(_Section):
 class Settings(BaseSettings):
     """All settings of one server."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix="LIVERANK_", env_nested_delimiter="__"
-    )
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="LIVERANK_", env_nested_delimiter="__")
 
     serve: ServeSettings = ServeSettings()
     table: TableSettings = TableSettings()

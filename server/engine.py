@@ -249,9 +249,7 @@ class Engine:
         """As many waiting calls as fit a batch; a larger single call is a batch of its own."""
         taken: list[_Waiting] = []
         rows = 0
-        while self._rank and (
-            not taken or rows + len(self._rank[0].queries) <= self.settings.serve.max_batch_rows
-        ):
+        while self._rank and (not taken or rows + len(self._rank[0].queries) <= self.settings.serve.max_batch_rows):
             taken.append(self._rank.popleft())
             rows += len(taken[-1].queries)
         self._rank_rows -= rows
@@ -309,9 +307,7 @@ class Engine:
             self._touched.clear()
         self._refresh_scores(now_ms)
         self.take_snapshot(now_ms)
-        self._recorder.ticked(
-            self.table, self.streams, expired, self._rank_rows, time.perf_counter() - started
-        )
+        self._recorder.ticked(self.table, self.streams, expired, self._rank_rows, time.perf_counter() - started)
         state = self.reply_state()
         self._recorder.disclosed(state.level, state.score_age_ms, state.applied_offset)
 
@@ -326,9 +322,7 @@ class Engine:
     def take_snapshot(self, now_ms: int) -> None:
         """Begins a new tick's view of the table."""
         before = self.pipeline.snapshot
-        self.pipeline.snapshot = Snapshot(
-            self.table, self.streams, before.settings, now_ms, before.trend_order
-        )
+        self.pipeline.snapshot = Snapshot(self.table, self.streams, before.settings, now_ms, before.trend_order)
 
     def _refresh_scores(self, now_ms: int) -> None:
         """Recomputes features and rules around the table, a chunk per tick; then sends them to the model."""
@@ -353,8 +347,10 @@ class Engine:
         around = _Around(np.flatnonzero(live).astype(np.int32), self.features)
         while not around.finished:
             around.step(self.streams, now_ms)
-        job = around.job(self.table, self.streams, now_ms)
-        self._take_scores(self._refresher.run_once(job))
+        with self._refresher.paused():
+            with self._wake:
+                self._results.clear()  # older than what follows
+            self._take_scores(self._refresher.run_once(around.job(self.table, self.streams, now_ms)))
         self._tick()
 
     def _take_scores(self, result: RefreshResult) -> None:
@@ -385,9 +381,7 @@ class Engine:
             if wanted <= self.applied_offset:
                 ready.append(item)
             elif self._stopping or min(q.deadline_s for q in item.queries) <= now_s:
-                item.done.set_exception(
-                    OffsetNotReached(f"min_offset: {wanted} wanted, {self.applied_offset} applied")
-                )
+                item.done.set_exception(OffsetNotReached(f"min_offset: {wanted} wanted, {self.applied_offset} applied"))
             else:
                 parked.append(item)
         self._parked = parked

@@ -103,9 +103,7 @@ class Recorder:
         m.exploration_served.inc(int(np.count_nonzero(shown & (slates.exploration > 0))))
         for i, source in enumerate(SOURCES):
             bit = np.uint32(1 << i)
-            m.source_served.labels(source.name).inc(
-                int(np.count_nonzero(shown & ((slates.sources & bit) != 0)))
-            )
+            m.source_served.labels(source.name).inc(int(np.count_nonzero(shown & ((slates.sources & bit) != 0))))
             if slates.candidates is not None:
                 proposed = np.count_nonzero(slates.candidates.sources & bit)
                 m.source_candidates.labels(source.name).inc(int(proposed))
@@ -139,9 +137,7 @@ class Recorder:
         """An unexpected exception was caught and logged."""
         self.metrics.rpc_errors.labels(where, "internal").inc()
 
-    def ticked(
-        self, table: LiveTable, streams: StreamState, expired: Expired, queue_rows: int, seconds: float
-    ) -> None:
+    def ticked(self, table: LiveTable, streams: StreamState, expired: Expired, queue_rows: int, seconds: float) -> None:
         """One tick passed."""
         m = self.metrics
         m.tick_seconds.observe(seconds)

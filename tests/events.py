@@ -15,14 +15,10 @@ T0 = 1_700_000_000_000
 """A round moment, Unix ms."""
 
 
-def event(
-    stream_id: str, sequence: int, at_ms: int = T0, epoch: int = 0, viewer: str = "", **payload: Any
-) -> pb.Event:
+def event(stream_id: str, sequence: int, at_ms: int = T0, epoch: int = 0, viewer: str = "", **payload: Any) -> pb.Event:
     """One event; ``payload`` is one oneof case with a dict of its fields, such as ``ended={"reason": "x"}``."""
     ((case, fields),) = payload.items()
-    made = pb.Event(
-        stream_id=stream_id, sequence=sequence, event_time_ms=at_ms, epoch=epoch, viewer_id=viewer
-    )
+    made = pb.Event(stream_id=stream_id, sequence=sequence, event_time_ms=at_ms, epoch=epoch, viewer_id=viewer)
     getattr(made, case).SetInParent()
     for name, value in fields.items():
         if isinstance(value, list | np.ndarray):

@@ -48,7 +48,11 @@ def run_first(sizes: list[int]) -> int:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    print(json.dumps({"bench": "first", "commit": commit, "machine": platform.processor() or platform.machine(), "rows": rows}))
+    print(
+        json.dumps(
+            {"bench": "first", "commit": commit, "machine": platform.processor() or platform.machine(), "rows": rows}
+        )
+    )
     return 0
 
 

@@ -53,9 +53,7 @@ class Audience:
 
     def _run(self, rng: np.random.Generator, number: int) -> None:
         with self._platform.lock:
-            people = [
-                self._platform.world.viewer(int(v)) for v in self._platform.world.sample_viewers(50, rng)
-            ]
+            people = [self._platform.world.viewer(int(v)) for v in self._platform.world.sample_viewers(50, rng)]
         due_s, calls = time.monotonic(), 0
         while not self._stop.is_set():
             person = people[calls % len(people)]
@@ -82,9 +80,7 @@ class Audience:
         answered_s = time.monotonic()
         platform = self._platform
         dead = [
-            s.stream_id
-            for s in reply.streams
-            if platform.ended_at.get((s.stream_id, s.epoch), answered_s) < sent_s
+            s.stream_id for s in reply.streams if platform.ended_at.get((s.stream_id, s.epoch), answered_s) < sent_s
         ]
         with platform.lock:
             ids = [s.stream_id for s in reply.streams]

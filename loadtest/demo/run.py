@@ -46,9 +46,7 @@ def run_demo(seconds: float, streams: int, seed: int) -> int:
                 scoring = {"mode": "triton", "triton_address": triton.address}
             console.print("starting liverank …")
             table = {"capacity": 8 * streams + 1_000, "lease_ms": LEASE_MS, "grace_ms": GRACE_MS}
-            server = stack.enter_context(
-                running_server(folder / "server", {"scoring": scoring, "table": table})
-            )
+            server = stack.enter_context(running_server(folder / "server", {"scoring": scoring, "table": table}))
         except NotStartedError as error:
             console.print(f"not started: {error}", markup=False)
             return 1
@@ -72,7 +70,7 @@ def _watch(
             interaction_ms=4_000,
             n_creators=max(2_000, 4 * streams),
             daily_curve=False,
-        )  # fmt: skip
+        )
     )
     console.print(f"simulating a platform with {streams} live streams for {seconds:.0f} s …")
     platform = Platform(world, channel)

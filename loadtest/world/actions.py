@@ -30,9 +30,7 @@ class Actions:
         self._producers = producers
         categories, markets = settings.categories, settings.markets
         self._base = np.array([(c.chats, c.likes, c.bids, c.purchases) for c in categories])
-        self._median_minor = np.array(
-            [[c.median_usd / m.minor_unit_usd for m in markets] for c in categories]
-        )
+        self._median_minor = np.array([[c.median_usd / m.minor_unit_usd for m in markets] for c in categories])
         self._burst = np.array([(b.chats, b.likes, b.shares, b.money) for b in BURSTS])
 
     def flush(
@@ -51,9 +49,7 @@ class Actions:
         streams.unflushed_joins[rows] = 0
         streams.unflushed_leaves[rows] = 0
         streams.unflushed_viewer_s[rows] = 0.0
-        chats, likes, follows, shares, bids, purchases, reports = rng.poisson(
-            self._expected(streams, rows, seconds)
-        )
+        chats, likes, follows, shares, bids, purchases, reports = rng.poisson(self._expected(streams, rows, seconds))
         limit = self._settings.attributed_per_flush
 
         named = np.minimum(joins, limit)
@@ -151,9 +147,7 @@ class Actions:
         value = (seconds / np.maximum(parts, 1))[which]
         out.add(EventKind.WATCHED, self._producers.app(stream), stream, time_ms[which], value=value)
 
-    def _spam(
-        self, rows: NDArray[np.int32], time_ms: NDArray[np.int64], chats: NDArray[np.int64], out: Outbox
-    ) -> None:
+    def _spam(self, rows: NDArray[np.int32], time_ms: NDArray[np.int64], chats: NDArray[np.int64], out: Outbox) -> None:
         """All chats of these streams come from a few accounts that exist for nothing else."""
         for j in range(_SPAMMERS):
             share = (chats + j) // _SPAMMERS

@@ -56,9 +56,7 @@ def daily_factor(time_ms: int, settings: WorldSettings) -> float:
     return float(1.0 + 0.6 * np.cos((hours - _PEAK_HOUR) * np.pi / 12))
 
 
-def target(
-    streams: StreamColumns, rows: NDArray[np.integer[Any]], now_ms: int, daily: float
-) -> NDArray[np.float64]:
+def target(streams: StreamColumns, rows: NDArray[np.integer[Any]], now_ms: int, daily: float) -> NDArray[np.float64]:
     """float64[R] viewers at which the streams ``rows`` would settle just now."""
     age_ms = now_ms - streams.started_ms[rows]
     share = age_ms / np.maximum(streams.end_ms[rows] - streams.started_ms[rows], 1)

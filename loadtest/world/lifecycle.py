@@ -126,9 +126,9 @@ class Lifecycle:
         streams.bots[rows] = np.where(bot, bots, 0).astype(np.int64)
         streams.momentum[rows] = rng.standard_normal(n)
         streams.ended_ms[rows] = NEVER
-        streams.recent_viewers[rows] = self._population.audience_of(
-            np.repeat(category, RECENT_VIEWERS), rng
-        ).reshape(n, RECENT_VIEWERS)
+        streams.recent_viewers[rows] = self._population.audience_of(np.repeat(category, RECENT_VIEWERS), rng).reshape(
+            n, RECENT_VIEWERS
+        )
         return rows
 
     def _open_sessions(
@@ -144,9 +144,7 @@ class Lifecycle:
         length = np.exp(mu + s.session_spread * rng.standard_normal(n))
         return np.asarray(np.maximum(length, _MIN_SESSION_MS).astype(np.int64))
 
-    def _on_air(
-        self, rows: NDArray[np.int32], times: NDArray[np.int64], out: Outbox, rng: np.random.Generator
-    ) -> None:
+    def _on_air(self, rows: NDArray[np.int32], times: NDArray[np.int64], out: Outbox, rng: np.random.Generator) -> None:
         """A new epoch of each row begins at ``times``: activates, tells the start, schedules the rest."""
         s, streams = self._settings, self._streams
         if len(rows) == 0:
@@ -160,9 +158,7 @@ class Lifecycle:
         self._media_flows(rows, times, rng)
         out.add(EventKind.STARTED, self._producers.media(rows), rows, times, epoch=streams.epoch[rows])
 
-    def _media_flows(
-        self, rows: NDArray[np.int32], times: NDArray[np.int64], rng: np.random.Generator
-    ) -> None:
+    def _media_flows(self, rows: NDArray[np.int32], times: NDArray[np.int64], rng: np.random.Generator) -> None:
         s, streams = self._settings, self._streams
         streams.state[rows] = State.LIVE
         streams.next_heartbeat_ms[rows] = times + rng.integers(1, s.heartbeat_ms + 1, len(rows))

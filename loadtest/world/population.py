@@ -52,16 +52,13 @@ class Population:
         self.creator_audience = settings.top_audience / rank**settings.popularity_exponent  # float64[n]
         # Creators of each category, most popular first; an empty category falls back to everyone.
         self._creators_of = [
-            own if len(own := np.flatnonzero(self.creator_category == c)) else np.arange(n)
-            for c in range(n_categories)
+            own if len(own := np.flatnonzero(self.creator_category == c)) else np.arange(n) for c in range(n_categories)
         ]
 
     def creator_id(self, creator: int) -> str:
         return f"creator-{creator:06d}"
 
-    def stream_embeddings(
-        self, creators: NDArray[np.integer[Any]], rng: np.random.Generator
-    ) -> NDArray[np.float32]:
+    def stream_embeddings(self, creators: NDArray[np.integer[Any]], rng: np.random.Generator) -> NDArray[np.float32]:
         """float32[k, D], unit norm: near the creator, each stream a little different."""
         noise = _unit(rng.standard_normal((len(creators), self._settings.embedding_dim), dtype=np.float32))
         return _unit(self.creator_embedding[creators] + np.float32(0.35) * noise)
@@ -70,9 +67,7 @@ class Population:
         """int64[n] numbers of viewers as they are online: some often, most rarely."""
         return (rng.random(n) ** _VIEWER_SKEW * self._settings.n_viewers).astype(np.int64)
 
-    def audience_of(
-        self, categories: NDArray[np.integer[Any]], rng: np.random.Generator
-    ) -> NDArray[np.int64]:
+    def audience_of(self, categories: NDArray[np.integer[Any]], rng: np.random.Generator) -> NDArray[np.int64]:
         """int64[k] viewers, one per category given: most of them fond of it."""
         viewers = self.sample_viewers(len(categories), rng)
         # Viewer i likes category i % C best, so the nearest fan is at most C − 1 numbers away.

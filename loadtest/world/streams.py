@@ -108,8 +108,7 @@ class StreamColumns:
         self._row_of: dict[str, int] = {}
         self._embedding = np.empty((0, settings.embedding_dim), np.float32)
         self._columns = {
-            name: np.zeros((0,) if width is None else (0, width), dtype)
-            for name, (dtype, width) in _SPEC.items()
+            name: np.zeros((0,) if width is None else (0, width), dtype) for name, (dtype, width) in _SPEC.items()
         }
         self._publish()
 
@@ -121,9 +120,7 @@ class StreamColumns:
         """float32[n, D], unit norm."""
         return self._embedding[: self.n]
 
-    def add(
-        self, ids: Sequence[str], titles: Sequence[str], embedding: NDArray[np.float32]
-    ) -> NDArray[np.int32]:
+    def add(self, ids: Sequence[str], titles: Sequence[str], embedding: NDArray[np.float32]) -> NDArray[np.int32]:
         """Appends zeroed rows and returns their indices, int32[len(ids)]."""
         first, self.n = self.n, self.n + len(ids)
         if self.n > self._capacity:

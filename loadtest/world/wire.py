@@ -20,9 +20,7 @@ def _interaction(field: str) -> _Payload:
 
 
 def _money(field: str) -> _Payload:
-    return lambda s, row, value, _d: {
-        field: pb.Money(amount_minor=int(value), currency=s.market_of(row).currency)
-    }
+    return lambda s, row, value, _d: {field: pb.Money(amount_minor=int(value), currency=s.market_of(row).currency)}
 
 
 _PAYLOADS: dict[int, _Payload] = {

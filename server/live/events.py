@@ -123,14 +123,11 @@ def _started(event: Any, settings: TableSettings) -> StartedRow:
         if len(started.embedding) != settings.embedding_dim:
             raise _Reject(
                 pb.EMBEDDING_SIZE,
-                f"started.embedding: 0 or {settings.embedding_dim} floats wanted, "
-                f"got {len(started.embedding)}",
+                f"started.embedding: 0 or {settings.embedding_dim} floats wanted, got {len(started.embedding)}",
             )
         embedding = np.array(started.embedding, dtype=np.float32)
         if not np.isfinite(embedding).all():
-            raise _Reject(
-                pb.EMBEDDING_NOT_FINITE, "started.embedding: finite floats wanted, got NaN or infinity"
-            )
+            raise _Reject(pb.EMBEDDING_NOT_FINITE, "started.embedding: finite floats wanted, got NaN or infinity")
     return StartedRow(
         started.creator_id, started.title, started.language, started.category, started.region,
         started.age_rating, embedding, tags,
@@ -160,8 +157,7 @@ def _value(event: Any, kind: int, settings: TableSettings) -> float:
         if rate is None:
             raise _Reject(
                 pb.CURRENCY_UNKNOWN,
-                f"{name}.currency: one of {', '.join(sorted(settings.currencies))} wanted, "
-                f"got {money.currency!r}",
+                f"{name}.currency: one of {', '.join(sorted(settings.currencies))} wanted, got {money.currency!r}",
             )
         return float(money.amount_minor * rate)
     if kind == fence.REPORTED:
@@ -171,8 +167,7 @@ def _value(event: Any, kind: int, settings: TableSettings) -> float:
         if event.moderated.action not in (fence.BLOCK, fence.UNBLOCK, fence.MARK_SPAM, fence.CLEAR_SPAM):
             raise _Reject(
                 pb.VALUE_OUT_OF_RANGE,
-                "moderated.action: BLOCK, UNBLOCK, MARK_SPAM or CLEAR_SPAM wanted, "
-                f"got {event.moderated.action}",
+                f"moderated.action: BLOCK, UNBLOCK, MARK_SPAM or CLEAR_SPAM wanted, got {event.moderated.action}",
             )
         return float(event.moderated.action)
     if kind == fence.END:
@@ -209,9 +204,7 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
     except Exception as error:
         raise InvalidRequest("EventBatch", f"not a valid message: {error}") from error
     if not 1 <= len(batch.producer_id.encode()) <= ID_BYTES:
-        raise InvalidRequest(
-            "producer_id", f"1 to {ID_BYTES} bytes wanted, got {len(batch.producer_id.encode())}"
-        )
+        raise InvalidRequest("producer_id", f"1 to {ID_BYTES} bytes wanted, got {len(batch.producer_id.encode())}")
     if len(batch.events) > settings.max_events_per_batch:
         raise InvalidRequest(
             "events", f"at most {settings.max_events_per_batch} per batch allowed, got {len(batch.events)}"
@@ -272,9 +265,7 @@ def _check_header(event: Any, stream_id: bytes) -> int:
     if event.sequence == 0:
         raise _Reject(pb.SEQUENCE_INVALID, "sequence: 1 or more wanted, got 0")
     if not 0 < event.event_time_ms < MAX_TIME_MS:
-        raise _Reject(
-            pb.TIME_INVALID, f"event_time_ms: 1 to {MAX_TIME_MS - 1} allowed, got {event.event_time_ms}"
-        )
+        raise _Reject(pb.TIME_INVALID, f"event_time_ms: 1 to {MAX_TIME_MS - 1} allowed, got {event.event_time_ms}")
     if kind in _NEEDS_EPOCH and event.epoch == 0:
         raise _Reject(pb.EPOCH_MISSING, f"epoch: 1 or more wanted for {case}, got 0")
     if event.epoch > MAX_I63:

@@ -189,6 +189,16 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def reported(self, counters_seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """bool[F]: whether the producers report what a feature is made of at all.
+
+        ``counters_seen`` bool[N_COUNTERS] is the table's. A stream without likes tells something only on a
+        platform that sends likes; rules must not take silence for evidence.
+        """
+        seen = {name for name, is_seen in zip(COUNTERS, counters_seen, strict=True) if is_seen}
+        made_of = ([d[key] for key in ("of", "per") if d.get(key) in COUNTERS] for d in self._declarations)
+        return np.array([seen.issuperset(names) for names in made_of], np.bool_)
+
     def compute(self, columns: Columns, slots: NDArray[np.int32], now_ms: int, landmark_ms: int) -> Features:
         """Features of rows ``slots`` int32[n] as of ``now_ms``.
 

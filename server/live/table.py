@@ -84,8 +84,7 @@ class LiveTable:
     def __init__(self, settings: TableSettings, embedding: NDArray[np.float32]) -> None:
         if embedding.shape != (settings.capacity, settings.embedding_dim):
             raise ValueError(
-                f"embedding: [{settings.capacity}, {settings.embedding_dim}] wanted, "
-                f"got {list(embedding.shape)}"
+                f"embedding: [{settings.capacity}, {settings.embedding_dim}] wanted, got {list(embedding.shape)}"
             )
         self.settings = settings
         self.columns = Columns.allocate(settings.capacity, embedding)
@@ -96,6 +95,8 @@ class LiveTable:
         self.rows = 0
         """High-water mark: rows at and beyond it were never used."""
         self.landmark_ms = 0
+        self.counters_seen = np.zeros(len(COUNTERS), np.bool_)
+        """Which counters anybody has ever reported, for any stream: tells "none" from "nobody tells us"."""
         self.map = IdMap(self.columns.ids, self.columns.id_lengths)
         self._free: list[int] = []
         self._producers: dict[str, int] = {}
@@ -177,14 +178,10 @@ class LiveTable:
                 if row >= self._highest.shape[0]:
                     more = min(max(16, 2 * row), self.settings.max_producers)
                     self._highest = np.concatenate([self._highest, np.zeros(more - row, np.uint64)])
-                    self._window_bits = np.concatenate(
-                        [self._window_bits, np.zeros((more - row, WORDS), np.uint64)]
-                    )
+                    self._window_bits = np.concatenate([self._window_bits, np.zeros((more - row, WORDS), np.uint64)])
                 self._producer_used_ms.append(applied_ms)
             else:
-                gone = min(
-                    self._producers, key=lambda name: (self._producer_used_ms[self._producers[name]], name)
-                )
+                gone = min(self._producers, key=lambda name: (self._producer_used_ms[self._producers[name]], name))
                 row = self._producers.pop(gone)
                 self._highest[row] = 0
                 self._window_bits[row] = 0
@@ -192,9 +189,7 @@ class LiveTable:
         self._producer_used_ms[row] = applied_ms
         return row
 
-    def _write_attributes(
-        self, events: EventColumns, slots: NDArray[np.int32], ok: NDArray[np.bool_]
-    ) -> None:
+    def _write_attributes(self, events: EventColumns, slots: NDArray[np.int32], ok: NDArray[np.bool_]) -> None:
         for i, started in events.started.items():
             if ok[i] and events.epoch[i] == self.columns.epoch[slots[i]]:
                 self._write_started(int(slots[i]), started)
@@ -219,6 +214,8 @@ class LiveTable:
             return
         at, kind = slots[current], events.kind[current]
         value, time_ms = events.value[current], events.time_ms[current]
+        self.counters_seen[_FIRST[kind][_FIRST[kind] >= 0]] = True
+        self.counters_seen[_SECOND[kind][_SECOND[kind] >= 0]] = True
         scatter_decayed(
             columns.counters, at, _FIRST[kind], value, _SECOND[kind], np.ones(len(at), np.float64),
             time_ms, self.landmark_ms,
@@ -233,9 +230,7 @@ class LiveTable:
         ends = []
         for i in np.flatnonzero(fenced.ended_epoch >= 0):
             reason = events.ended_reason.get(int(i), "") if events.kind[i] == fence.END else "superseded"
-            ends.append(
-                End(self.stream_id(int(slots[i])), int(fenced.ended_epoch[i]), int(events.time_ms[i]), reason)
-            )
+            ends.append(End(self.stream_id(int(slots[i])), int(fenced.ended_epoch[i]), int(events.time_ms[i]), reason))
         return ends
 
     # --- time ---------------------------------------------------------------------------------
@@ -287,9 +282,7 @@ class LiveTable:
 
     def live_mask(self, now_ms: int) -> NDArray[np.bool_]:
         """bool[rows]: LIVE and inside its lease at ``now_ms``."""
-        return (self.columns.state[: self.rows] == fence.LIVE) & (
-            self.columns.lease_expires_ms[: self.rows] > now_ms
-        )
+        return (self.columns.state[: self.rows] == fence.LIVE) & (self.columns.lease_expires_ms[: self.rows] > now_ms)
 
     def count_states(self) -> tuple[int, int, int]:
         """Rows that are (live, suspect, ended)."""

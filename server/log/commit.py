@@ -112,10 +112,7 @@ class GroupCommit:
                 self._stamp_ms = max(self._stamp_ms, self._clock.now_ms())
                 stamp_ms = self._stamp_ms
                 self._unapplied.append(stamp_ms)
-            records = [
-                Record(self._offset + 1 + i, stamp_ms, submission.payload)
-                for i, submission in enumerate(group)
-            ]
+            records = [Record(self._offset + 1 + i, stamp_ms, submission.payload) for i, submission in enumerate(group)]
             try:
                 self._log.append(records)
             except LogError as error:

@@ -30,9 +30,7 @@ class SqliteLog:
                 "  record INTEGER PRIMARY KEY, applied_ms INTEGER NOT NULL,"
                 "  checksum INTEGER NOT NULL, payload BLOB NOT NULL)"
             )
-            row = self._db.execute(
-                "SELECT record, applied_ms FROM log ORDER BY record DESC LIMIT 1"
-            ).fetchone()
+            row = self._db.execute("SELECT record, applied_ms FROM log ORDER BY record DESC LIMIT 1").fetchone()
         except (sqlite3.Error, OSError) as error:
             raise LogError(f"{path}: cannot open the event log: {error}") from error
         self._last = Record(row[0], row[1], b"") if row else None

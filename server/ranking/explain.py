@@ -10,7 +10,7 @@ import numpy as np
 from kernels import fence
 from kernels.idmap import pack_ids
 from kernels.slate import Outcome
-from kernels.verify import Drop, check_row
+from kernels.verify import Drop, RowColumns, check_rows
 from server.live.features import Features, FeatureSet
 from server.live.table import LiveTable
 from server.ranking.liveness import STATE_NAMES, first_reason
@@ -120,19 +120,27 @@ def _rules(
         verdicts.append(RuleVerdict(name, on and excludes, rule.boost if rule is not None and on else 0.0))
     filters = pipeline.snapshot.filter_columns(slates.batch.filters)
     broken = {"excluded"} if excluded else set()
+    # The one row, live and free of rules, so that only the request's filters can speak.
+    columns = streams.row_columns()
+    row = RowColumns(
+        state=np.array([fence.LIVE], np.uint8),
+        lease_expires_ms=np.array([slates.as_of_ms + 1]),
+        rule_bits=np.zeros(1, np.uint32),
+        region=columns.region[at],
+        age_rating=columns.age_rating[at],
+        language=columns.language[at],
+        category=columns.category[at],
+    )
+    one = np.zeros(1, np.int32)
     for keep, name in _REQUEST_DROPS.items():
         # One filter at a time: open all the others, so that every broken one is reported.
         single = filters._replace(
-            region=filters.region if keep == Drop.REGION else table.columns.region[at],
-            max_age_rating=filters.max_age_rating if keep == Drop.AGE_RATING else np.array([99], np.int32),
+            region=filters.region if keep == Drop.REGION else row.region,
+            max_age_rating=filters.max_age_rating if keep == Drop.AGE_RATING else row.age_rating,
             any_language=filters.any_language if keep == Drop.LANGUAGE else np.ones(1, np.bool_),
             any_category=filters.any_category if keep == Drop.CATEGORY else np.ones(1, np.bool_),
         )
-        row = streams.row_columns()._replace(
-            state=np.full_like(table.columns.state, fence.LIVE),
-            lease_expires_ms=np.full_like(table.columns.lease_expires_ms, slates.as_of_ms + 1),
-        )
-        if check_row(row, slot, single, 0, np.uint32(0), slates.as_of_ms) == keep:
+        if check_rows(row, one, single, 0, 0, slates.as_of_ms)[0] == keep:
             broken.add(name)
     return verdicts + [RuleVerdict(name, name in broken, 0.0) for name in PER_REQUEST]
 

@@ -55,9 +55,7 @@ def first_reason(table: LiveTable, streams: StreamState, slot: int, now_ms: int)
     return ""
 
 
-def _status(
-    table: LiveTable, streams: StreamState, now_ms: int, stream_id: str, epoch: int, slot: int
-) -> Status:
+def _status(table: LiveTable, streams: StreamState, now_ms: int, stream_id: str, epoch: int, slot: int) -> Status:
     if slot < 0:
         return Status(stream_id, 0, False, 0, 0, "unknown")
     columns = table.columns

@@ -56,8 +56,7 @@ class Pipeline:
         filters = self.snapshot.filter_columns(batch.filters)
         b, slots = len(batch), self.snapshot.popular
         excluded = [
-            batch.excluded[i:j]
-            for i, j in zip(batch.excluded_offsets, batch.excluded_offsets[1:], strict=False)
+            batch.excluded[i:j] for i, j in zip(batch.excluded_offsets, batch.excluded_offsets[1:], strict=False)
         ]
         rows = [slots[~np.isin(slots, gone)] for gone in excluded]
         picks = np.full((b, max([1, *map(len, rows)])), -1, np.int32)

@@ -124,12 +124,10 @@ def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook) -> 
     )
 
 
-_WEIGHTS = ("trend_weight", "similarity_weight", "followed_bonus", "fresh_bonus", "cold_start_trend")
+_WEIGHTS = ("trend_weight", "similarity_weight", "followed_bonus", "fresh_bonus", "cold_start_trend", "boost_weight")
 
 
-def _explore_slots(
-    surfaces: list[Surface], limits: NDArray[np.int32], seeds: NDArray[np.uint64]
-) -> NDArray[np.int32]:
+def _explore_slots(surfaces: list[Surface], limits: NDArray[np.int32], seeds: NDArray[np.uint64]) -> NDArray[np.int32]:
     """Exploration slots int32[B]: the share of the limit, its fraction rounded by a seeded coin."""
     wanted = limits * np.array([s.exploration_share for s in surfaces])
     coin = (seeds >> np.uint64(11)).astype(np.float64) / float(1 << 53)

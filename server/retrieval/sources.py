@@ -89,9 +89,7 @@ def personal(batch: Batch) -> Proposals:
     counts = np.zeros(len(batch.queries), np.int64)
     if not len(asked) or k == 0:
         return Proposals(np.zeros(0, np.int32), _offsets(counts))
-    hits = batch.search.search(
-        batch.queries.queries[asked], batch.eligible, batch.queries.filter_of[asked], k
-    )
+    hits = batch.search.search(batch.queries.queries[asked], batch.eligible, batch.queries.filter_of[asked], k)
     found = hits.slots >= 0
     counts[asked] = found.sum(axis=1)
     return Proposals(hits.slots[found], _offsets(counts))

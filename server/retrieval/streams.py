@@ -71,7 +71,8 @@ class StreamState:
         """Computes rule bits and boosts of rows int32[n]; returns the features they rest on."""
         columns: Columns = self._table.columns
         features = self._features.compute(columns, slots, now_ms, self._table.landmark_ms)
-        bits = assess(self.book, self._features.names, features.values, self.rule_bits[slots])
+        reported = self._features.reported(self._table.counters_seen)
+        bits = assess(self.book, self._features.names, features.values, reported, self.rule_bits[slots])
         self.rule_bits[slots] = bits | built_in(columns, slots, now_ms)
         self.boost[slots] = boosts(self.book, bits)
         return features
@@ -79,6 +80,4 @@ class StreamState:
     def row_columns(self) -> RowColumns:
         """What the eligibility predicate reads (the same memory)."""
         c = self._table.columns
-        return RowColumns(
-            c.state, c.lease_expires_ms, self.rule_bits, c.region, c.age_rating, c.language, c.category
-        )
+        return RowColumns(c.state, c.lease_expires_ms, self.rule_bits, c.region, c.age_rating, c.language, c.category)

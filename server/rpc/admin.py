@@ -56,9 +56,7 @@ class AdminService(pb_grpc.AdminServicer):
         )
 
     @guarded
-    def BlockStream(
-        self, request: pb.BlockStreamRequest, context: grpc.ServicerContext
-    ) -> pb.BlockStreamResponse:
+    def BlockStream(self, request: pb.BlockStreamRequest, context: grpc.ServicerContext) -> pb.BlockStreamResponse:
         check_stream_id("stream_id", request.stream_id)
         offset = self._control.moderate(request.stream_id, fence.BLOCK)
         logger.warning("blocked %r at offset %d: %r", request.stream_id, offset, request.reason)
@@ -74,9 +72,7 @@ class AdminService(pb_grpc.AdminServicer):
         return pb.UnblockStreamResponse(offset=offset)
 
     @guarded
-    def ReloadRules(
-        self, request: pb.ReloadRulesRequest, context: grpc.ServicerContext
-    ) -> pb.ReloadRulesResponse:
+    def ReloadRules(self, request: pb.ReloadRulesRequest, context: grpc.ServicerContext) -> pb.ReloadRulesResponse:
         engine = self._engine
         book = RuleBook.load(engine.settings.rank.rules_file, engine.features.names)
         engine.call(lambda: engine.set_rules(book)).result()

@@ -35,9 +35,7 @@ class Control:
             raise Refused(f"stream_id: {stream_id!r} was not moderated: {code}")
         return result.offset
 
-    def end_streams(
-        self, streams: list[tuple[str, int]], as_of_ms: int, reason: str
-    ) -> tuple[list[str], int]:
+    def end_streams(self, streams: list[tuple[str, int]], as_of_ms: int, reason: str) -> tuple[list[str], int]:
         """Ends sessions (stream_id, epoch); returns the ids that ended, and the last offset (0: none).
 
         A session that ended or restarted in the meantime is left alone: its epoch fences it.
@@ -54,9 +52,7 @@ class Control:
                 events.append(event)
             result = self._publish(events)
             offset = result.offset
-            ended += [
-                stream_id for (stream_id, _), code in zip(chunk, result.codes, strict=True) if code == 0
-            ]
+            ended += [stream_id for (stream_id, _), code in zip(chunk, result.codes, strict=True) if code == 0]
         return ended, offset
 
     def _publish(self, events: list[pb.Event]) -> PublishResult:
@@ -71,5 +67,5 @@ class Control:
             batch = decode_batch(payload, self._engine.settings.table)
             assert not batch.rejected, batch.rejected
             done: Future[PublishResult] = Future()
-            self._commit.submit(Submission(payload, batch, self._engine.clock.now_ms(), done))
+            self._commit.submit(Submission(payload, batch, self._engine.clock.now_ms(), done))  # type: ignore[arg-type]
         return done.result()

@@ -35,9 +35,7 @@ def decode_rank(
         _short(where + name, getattr(request, name))
     surface = request.surface or "default"
     if surface not in surfaces:
-        raise InvalidRequest(
-            f"{where}surface", f"one of {', '.join(sorted(surfaces))} wanted, got {surface!r}"
-        )
+        raise InvalidRequest(f"{where}surface", f"one of {', '.join(sorted(surfaces))} wanted, got {surface!r}")
     limit = request.limit or settings.rank.default_limit
     return RankQuery(
         request_id=request.request_id,

@@ -53,9 +53,7 @@ class LivenessService(pb_grpc.LivenessServicer):
         )  # fmt: skip
 
     @guarded_stream
-    def WatchEnded(
-        self, request: pb.WatchEndedRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.EndedStream]:
+    def WatchEnded(self, request: pb.WatchEndedRequest, context: grpc.ServicerContext) -> Iterator[pb.EndedStream]:
         feed, metrics = self._engine.ends, self.recorder.metrics
         with self._slots.open("WatchEnded", context) as place, metrics.watchers.track_inprogress():
             place.busy = True  # the closing feed ends it, with everything published before

@@ -38,9 +38,7 @@ class RankingService(pb_grpc.RankingServicer):
     def RankBatch(self, request: pb.RankBatchRequest, context: grpc.ServicerContext) -> bytes:
         deadline_s = _deadline_s(context)
         if len(request.requests) > MAX_BATCH_VIEWERS:
-            raise InvalidRequest(
-                "requests", f"at most {MAX_BATCH_VIEWERS} allowed, got {len(request.requests)}"
-            )
+            raise InvalidRequest("requests", f"at most {MAX_BATCH_VIEWERS} allowed, got {len(request.requests)}")
         if not request.requests:
             return b""
         surfaces = self._engine.streams.book.surfaces

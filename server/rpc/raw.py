@@ -18,9 +18,7 @@ def ranking_handler(service: RankingService) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(
         ranking_pb2.DESCRIPTOR.services_by_name["Ranking"].full_name,
         {
-            "Rank": grpc.unary_unary_rpc_method_handler(
-                service.Rank, ranking_pb2.RankRequest.FromString, _as_is
-            ),
+            "Rank": grpc.unary_unary_rpc_method_handler(service.Rank, ranking_pb2.RankRequest.FromString, _as_is),
             "RankBatch": grpc.unary_unary_rpc_method_handler(
                 service.RankBatch, ranking_pb2.RankBatchRequest.FromString, _as_is
             ),

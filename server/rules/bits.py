@@ -16,12 +16,16 @@ def assess(
     book: RuleBook,
     feature_names: tuple[str, ...],
     features: NDArray[np.float32],
+    reported: NDArray[np.bool_],
     before: NDArray[np.uint32],
 ) -> NDArray[np.uint32]:
     """The file's rules on n rows; built-in bits are zero in the result.
 
+    A condition on a feature that no producer reports does not hold.
+
     Args:
-        features: float32[n, F]. before: uint32[n], bits so far (what hysteresis remembers).
+        features: float32[n, F]. reported: bool[F], see `FeatureSet.reported`.
+        before: uint32[n], bits so far (what hysteresis remembers).
 
     Returns:
         uint32[n]. Cost: one pass over one feature column per condition.
@@ -33,6 +37,9 @@ def assess(
         was_on = (before & bit) != 0
         on = np.ones(len(before), np.bool_)
         for condition in rule.when:
+            if not reported[column[condition.feature]]:
+                on[:] = False
+                break
             value = features[:, column[condition.feature]]
             if condition.above is not None:
                 on &= (value > condition.above) | (was_on & (value >= condition.until))

@@ -49,6 +49,7 @@ class Surface(BaseModel):
     followed_bonus: float = Field(0.3, ge=0.0, le=100.0)
     fresh_bonus: float = Field(0.1, ge=0.0, le=100.0)
     cold_start_trend: float = Field(0.2, ge=0.0, le=1.0)
+    boost_weight: float = Field(1.0, ge=0.0, le=100.0)
     diversity: float = Field(0.15, ge=0.0, le=100.0)
     creator_cap: int = Field(2, ge=0)
     category_share: float = Field(0.5, gt=0.0, le=1.0)
@@ -90,17 +91,12 @@ class RuleBook:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{path}: {error}") from error
         if extra := set(values) - {"rule", "surface"}:
-            raise ConfigError(
-                f"{path}: unknown {sorted(extra)}; only [rule.NAME] and [surface.NAME] are allowed"
-            )
+            raise ConfigError(f"{path}: unknown {sorted(extra)}; only [rule.NAME] and [surface.NAME] are allowed")
         for section in ("rule", "surface"):
             tables = values.get(section, {})
             if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
                 raise ConfigError(f"{path}: {section}: [{section}.NAME] tables wanted")
-        rules = {
-            name: _parse(Rule, table, f"{path}: rule.{name}")
-            for name, table in values.get("rule", {}).items()
-        }
+        rules = {name: _parse(Rule, table, f"{path}: rule.{name}") for name, table in values.get("rule", {}).items()}
         for name, rule in rules.items():
             _check_rule(name, rule, feature_names, str(path))
         if len(rules) > MAX_RULES:
@@ -135,6 +131,4 @@ def _check_rule(name: str, rule: Rule, feature_names: tuple[str, ...], where: st
         if condition.above is not None and condition.until > condition.above:
             raise ConfigError(f"{at}.until: at most above ({condition.above}) allowed, got {condition.until}")
         if condition.below is not None and condition.until < condition.below:
-            raise ConfigError(
-                f"{at}.until: at least below ({condition.below}) allowed, got {condition.until}"
-            )
+            raise ConfigError(f"{at}.until: at least below ({condition.below}) allowed, got {condition.until}")

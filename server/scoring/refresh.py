@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -146,14 +147,21 @@ class Refresher:
             if self._job is not None or self._closing:
                 return False
             self._job = job
-            self._wake.notify()
+            self._wake.notify_all()
             return True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Waits until no job is in progress and takes no new one meanwhile; everything due was posted."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._job is None)
+            yield
 
     def close(self, timeout_s: float = 5.0) -> bool:
         """Stops the worker after the job in progress. False when that takes longer than ``timeout_s``."""
         with self._wake:
             self._closing = True
-            self._wake.notify()
+            self._wake.notify_all()
         self._worker.join(timeout_s)
         return not self._worker.is_alive()
 
@@ -238,6 +246,7 @@ class Refresher:
             self.post_failures += error is not None
             with self._wake:
                 self._job = None
+                self._wake.notify_all()
 
     def _crashed(self, job: RefreshJob, reason: str) -> RefreshResult:
         """Our own code failed around the model: keep what there is, and say so."""

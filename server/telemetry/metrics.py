@@ -40,9 +40,7 @@ class Metrics:
             "liverank_rpc_errors_total", "Calls refused or failed", ["method", "code"], registry=r
         )
         self.events = Counter("liverank_events_total", "Events applied", ["type"], registry=r)
-        self.events_rejected = Counter(
-            "liverank_events_rejected_total", "Events refused", ["code"], registry=r
-        )
+        self.events_rejected = Counter("liverank_events_rejected_total", "Events refused", ["code"], registry=r)
         self.heartbeats_stalled = Counter(
             "liverank_heartbeats_stalled_total",
             "Heartbeats without media progress: no lease renewed",
@@ -86,9 +84,7 @@ class Metrics:
             "liverank_slate_drops_total", "Removed on the way to a slate, by stage and reason",
             ["stage", "reason"], registry=r,
         )  # fmt: skip
-        self.score_age_seconds = Gauge(
-            "liverank_score_age_seconds", "Age of the stream scores in use", registry=r
-        )
+        self.score_age_seconds = Gauge("liverank_score_age_seconds", "Age of the stream scores in use", registry=r)
         self.degradation_level = Gauge(
             "liverank_degradation_level", "0 model, 1 last good scores, 2 formula, 3 popular", registry=r
         )
@@ -105,9 +101,7 @@ class Metrics:
             "liverank_feature_missing_share", "Share of live streams for which a feature is missing or stale",
             ["feature", "state"], registry=r,
         )  # fmt: skip
-        self.tick_seconds = Histogram(
-            "liverank_tick_seconds", "Time of one engine tick", buckets=_SECONDS, registry=r
-        )
+        self.tick_seconds = Histogram("liverank_tick_seconds", "Time of one engine tick", buckets=_SECONDS, registry=r)
         self.apply_seconds = Histogram(
             "liverank_apply_seconds",
             "Batch of events received to applied and durable",

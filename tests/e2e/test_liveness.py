@@ -59,7 +59,9 @@ def test_no_reply_sent_after_an_acknowledged_end_contains_it_under_concurrent_lo
         def ask() -> None:
             while not done.is_set():
                 gone = set(ended)  # acknowledged before this request is sent
-                shown = {s.stream_id for s in client.ranking.Rank(ranking_pb2.RankRequest(limit=100), timeout=10.0).streams}
+                shown = {
+                    s.stream_id for s in client.ranking.Rank(ranking_pb2.RankRequest(limit=100), timeout=10.0).streams
+                }
                 violations.extend(gone & shown)
                 replies[0] += 1
 
@@ -142,9 +144,7 @@ def test_watchers_hear_every_end_and_resume_where_they_were(tmp_path: Path) -> N
         again = client.liveness.WatchEnded(liveness_pb2.WatchEndedRequest(after_offset=1))
         heard = [next(again) for _ in range(5)]
         assert [e.offset for e in heard] == [2, 3, 4, 5, 6]
-        assert {(e.stream_id, e.reason) for e in heard[1:]} == {
-            (f"s{i}", "lease_expired") for i in (1, 2, 3, 4)
-        }
+        assert {(e.stream_id, e.reason) for e in heard[1:]} == {(f"s{i}", "lease_expired") for i in (1, 2, 3, 4)}
         again.cancel()
         beyond = client.liveness.WatchEnded(liveness_pb2.WatchEndedRequest(after_offset=99))
         with pytest.raises(grpc.RpcError) as failed:

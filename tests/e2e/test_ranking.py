@@ -69,9 +69,7 @@ def test_equal_requests_against_equal_state_give_equal_slates(world: Client) -> 
         return [(s.stream_id, s.exploration) for s in reply.streams]
 
     assert slate("same") == slate("same")
-    assert any(slate("same") != slate(f"other-{i}") for i in range(5)), (
-        "exploration must depend on the request"
-    )
+    assert any(slate("same") != slate(f"other-{i}") for i in range(5)), "exploration must depend on the request"
 
 
 def test_without_an_embedding_there_is_no_personal_source_and_no_error(world: Client) -> None:
@@ -124,10 +122,7 @@ def test_excluded_streams_are_not_shown_and_followed_creators_are_found(world: C
 
 def test_caps_hold_for_creators_and_categories(world: Client) -> None:
     for i in range(10):
-        ids = [
-            int(s.stream_id[1:])
-            for s in world.rank(request_id=f"caps-{i}", viewer_embedding=embedding(i)).streams
-        ]
+        ids = [int(s.stream_id[1:]) for s in world.rank(request_id=f"caps-{i}", viewer_embedding=embedding(i)).streams]
         assert max(np.bincount([n % 20 for n in ids])) <= 2
         assert max(np.bincount([n % 3 for n in ids])) <= 10
 
@@ -155,9 +150,7 @@ def test_a_batch_answers_each_request_as_it_would_be_answered_alone(world: Clien
     for request, together in zip(requests, batch.responses, strict=True):
         alone = world.ranking.Rank(request, timeout=10.0)
         assert [s.stream_id for s in alone.streams] == [s.stream_id for s in together.streams]
-        np.testing.assert_allclose(
-            [s.score for s in alone.streams], [s.score for s in together.streams], rtol=1e-6
-        )
+        np.testing.assert_allclose([s.score for s in alone.streams], [s.score for s in together.streams], rtol=1e-6)
     assert not world.ranking.RankBatch(ranking_pb2.RankBatchRequest(), timeout=10.0).responses
 
 
@@ -177,16 +170,12 @@ def test_a_batch_answers_each_request_as_it_would_be_answered_alone(world: Clien
         ({"exclude_stream_ids": ["ok", "x" * 65]}, "exclude_stream_ids[1]"),
     ],
 )
-def test_a_bad_field_is_named_alone_and_inside_a_batch(
-    world: Client, fields: dict[str, Any], field: str
-) -> None:
+def test_a_bad_field_is_named_alone_and_inside_a_batch(world: Client, fields: dict[str, Any], field: str) -> None:
     with pytest.raises(grpc.RpcError) as failed:
         world.rank(**fields)
     code, details = status_of(failed.value)
     assert code == "INVALID_ARGUMENT" and details.startswith(f"{field}: ")
-    batch = ranking_pb2.RankBatchRequest(
-        requests=[ranking_pb2.RankRequest(), ranking_pb2.RankRequest(**fields)]
-    )
+    batch = ranking_pb2.RankBatchRequest(requests=[ranking_pb2.RankRequest(), ranking_pb2.RankRequest(**fields)])
     with pytest.raises(grpc.RpcError) as failed:
         world.ranking.RankBatch(batch, timeout=10.0)
     assert status_of(failed.value)[1].startswith(f"requests[1].{field}: ")
@@ -207,9 +196,7 @@ def test_a_huge_or_tiny_embedding_is_only_a_direction(world: Client) -> None:
 
 def explain(world: Client, stream_id: str, **fields: Any) -> ranking_pb2.ExplainResponse:
     request = ranking_pb2.RankRequest(**fields)
-    return world.ranking.Explain(
-        ranking_pb2.ExplainRequest(request=request, stream_id=stream_id), timeout=10.0
-    )
+    return world.ranking.Explain(ranking_pb2.ExplainRequest(request=request, stream_id=stream_id), timeout=10.0)
 
 
 def test_explain_follows_a_shown_stream_to_its_place(world: Client) -> None:
@@ -313,9 +300,7 @@ def test_without_a_model_the_formula_ranks_and_the_reply_says_so(tmp_path: Path)
     (tmp_path / "models").mkdir()
     with running_app(tmp_path, model=False) as client:
         client.publish(started("small", 0), started("large", 0))
-        client.publish(
-            event("small", 0, viewer_count={"count": 3}), event("large", 0, viewer_count={"count": 3_000})
-        )
+        client.publish(event("small", 0, viewer_count={"count": 3}), event("large", 0, viewer_count={"count": 3_000}))
         assert client.shown(surface="chart") == ["large", "small"]
         reply = client.rank()
         assert reply.degradation.level == ranking_pb2.Degradation.FORMULA and reply.model_version == "formula"
@@ -352,7 +337,8 @@ def test_rules_exclude_demote_and_reload_without_a_restart(tmp_path: Path) -> No
         client.publish(event("a", 0, viewer_count={"count": 500}), event("b", 0, viewer_count={"count": 5}))
         assert set(client.shown()) == {"a", "b"}
         rules.write_text(
-            '[surface.default]\n[rule.crowded]\nexclude = true\nwhen = [{ feature = "viewers", above = 100, until = 50 }]\n'
+            "[surface.default]\n[rule.crowded]\nexclude = true\n"
+            'when = [{ feature = "viewers", above = 100, until = 50 }]\n'
         )
         client.admin.ReloadRules(admin_pb2.ReloadRulesRequest(), timeout=10.0)
         assert [s.stream_id for s in client.rank().streams] == ["b"]

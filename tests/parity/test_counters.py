@@ -90,6 +90,7 @@ def test_distinct_estimates_are_within_four_standard_errors(distinct: int) -> No
         np.zeros(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.int64), registers, chatters,
     )  # fmt: skip
     estimate = float(k.estimate_distinct(registers)[0])
+    assert estimate == pytest.approx(float(k.estimate_distinct_reference(registers)[0]), rel=1e-6)
     assert abs(estimate - distinct) <= 4 * 1.04 / math.sqrt(128) * distinct + 0.5
     assert not chatters.any()
 

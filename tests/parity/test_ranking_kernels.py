@@ -10,14 +10,7 @@ import pytest
 from kernels.blend import BlendWeights, blend, blend_reference
 from kernels.groups import first_per_group, first_per_group_reference
 from kernels.merge import merge_candidates, merge_candidates_reference
-from kernels.verify import (
-    Drop,
-    FilterColumns,
-    RowColumns,
-    eligible_rows,
-    verify_picks,
-    verify_picks_reference,
-)
+from kernels.verify import Drop, FilterColumns, RowColumns, check_rows, verify_picks, verify_picks_reference
 
 NOW = 1_000_000
 
@@ -53,7 +46,7 @@ def test_merge_refuses_slots_outside_the_table() -> None:
 
 
 def weights(rng: np.random.Generator, rows: int) -> BlendWeights:
-    return BlendWeights(*(rng.random(rows).astype(np.float32) for _ in range(5)))
+    return BlendWeights(*(rng.random(rows).astype(np.float32) for _ in range(6)))
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (17, 50)])
@@ -133,8 +126,8 @@ def test_the_last_check_equals_the_reference_and_accounts_for_every_pick(seed: i
 def test_retrieval_and_the_last_check_use_one_predicate() -> None:
     rows = random_rows(np.random.default_rng(1), 500)
     for v in range(3):
-        eligible = eligible_rows(rows, 500, FILTERS, v, np.uint32(0b101), NOW)
         every = np.arange(500, dtype=np.int32)[None]
+        eligible = check_rows(rows, every[0], FILTERS, v, 0b101, NOW) == 0
         _, _, drops = verify_picks(
             every, np.array([500], np.int32), np.array([500], np.int32), np.array([v], np.int32),
             rows, FILTERS, 0b101, NOW,
@@ -147,8 +140,9 @@ def test_a_name_interned_after_the_filter_was_built_does_not_match_it() -> None:
         state=np.ones(1, np.uint8), lease_expires_ms=np.array([NOW + 1]), rule_bits=np.zeros(1, np.uint32),
         region=np.zeros(1, np.int32), age_rating=np.zeros(1, np.int32), language=np.array([7], np.int32),
     )  # fmt: skip
-    assert eligible_rows(rows, 1, FILTERS, 0, np.uint32(0), NOW)[0]
-    assert not eligible_rows(rows, 1, FILTERS, 1, np.uint32(0), NOW)[0]
+    one = np.zeros(1, np.int32)
+    assert check_rows(rows, one, FILTERS, 0, 0, NOW)[0] == Drop.KEPT
+    assert check_rows(rows, one, FILTERS, 1, 0, NOW)[0] == Drop.LANGUAGE
 
 
 def test_a_missing_pick_inside_the_slate_is_refused() -> None:

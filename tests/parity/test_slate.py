@@ -46,9 +46,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     # Whole-number vectors: their products tie exactly and are exact in every order of summation.
     return {
         "slots": slots,
-        "utility": np.array(draw(st.lists(UTILITIES, min_size=cells, max_size=cells)), np.float32).reshape(
-            slots.shape
-        ),
+        "utility": np.array(draw(st.lists(UTILITIES, min_size=cells, max_size=cells)), np.float32).reshape(slots.shape),
         "explorable": np.array(ints(0, 1, cells), np.bool_).reshape(slots.shape),
         "creators": np.array(ints(0, 4, rows), np.int32),
         "categories": np.array(ints(0, 2, rows), np.int32),
@@ -107,9 +105,7 @@ def test_lazy_kernel_equals_eager_reference(problem: dict[str, Any]) -> None:
 def test_lazy_kernel_equals_eager_reference_at_full_size(diversity: float) -> None:
     rng = np.random.default_rng(7)
     rows, width, batch = 3000, 400, 3
-    embeddings = (
-        rng.standard_normal((rows, 32)) + 2 * rng.standard_normal((12, 32))[rng.integers(0, 12, rows)]
-    )
+    embeddings = rng.standard_normal((rows, 32)) + 2 * rng.standard_normal((12, 32))[rng.integers(0, 12, rows)]
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     embeddings[rng.random(rows) < 0.1] = 0
     problem = {
@@ -170,9 +166,7 @@ def test_the_order_of_candidates_does_not_matter(problem: dict[str, Any], random
     before = select_slates(**problem)
     order = list(range(problem["slots"].shape[1]))
     random.shuffle(order)
-    shuffled = {
-        name: np.ascontiguousarray(problem[name][:, order]) for name in ("slots", "utility", "explorable")
-    }
+    shuffled = {name: np.ascontiguousarray(problem[name][:, order]) for name in ("slots", "utility", "explorable")}
     after = select_slates(**{**problem, **shuffled})
     for b in range(len(problem["limits"])):
         n = before.n_slate[b] + before.n_reserve[b]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_encoder_and_reference_write_the_same_bytes(reply: dict[str, Any]) -> No
 def test_framed_rows_parse_as_the_batch_response(reply: dict[str, Any]) -> None:
     buffer, offsets = encode_streams(**reply)
     messages = [expected(reply, b) for b in range(len(reply["counts"]))]
-    rows = [buffer[i:j].tobytes() for i, j in zip(offsets, offsets[1:], strict=False)]
+    rows = [buffer[i:j].tobytes() for i, j in itertools.pairwise(offsets)]
     framed = frame_messages([header_of(m) + row for m, row in zip(messages, rows, strict=True)])
     batch = ranking_pb2.RankBatchResponse(responses=messages)
     parsed = ranking_pb2.RankBatchResponse.FromString(framed)

@@ -22,9 +22,7 @@ def accept(sequences: list[int]) -> list[int]:
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.one_of(
-            st.integers(1, 40), st.integers(WINDOW - 5, WINDOW + 45), st.integers(3 * WINDOW, 3 * WINDOW + 40)
-        ),
+        st.one_of(st.integers(1, 40), st.integers(WINDOW - 5, WINDOW + 45), st.integers(3 * WINDOW, 3 * WINDOW + 40)),
         max_size=60,
     )
 )

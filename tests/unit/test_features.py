@@ -32,10 +32,13 @@ def busy_table() -> LiveTable:
         at = T0 + second * 1_000
         n = 2 + 4 * second
         apply(
-            table, event("s", n, at, viewer_count={"count": second}), event("s", n + 1, at, viewer=f"v{second}", joined={}),
-            event("s", n + 2, at, liked={}), event("s", n + 3, at, purchased={"amount_minor": 200, "currency": "USD"}),
+            table,
+            event("s", n, at, viewer_count={"count": second}),
+            event("s", n + 1, at, viewer=f"v{second}", joined={}),
+            event("s", n + 2, at, liked={}),
+            event("s", n + 3, at, purchased={"amount_minor": 200, "currency": "USD"}),
             at_ms=at,
-        )  # fmt: skip
+        )
     return table
 
 
@@ -66,8 +69,11 @@ def test_a_new_stream_has_missing_values_with_their_stand_ins() -> None:
 
 def test_values_are_finite_after_hours_of_silence_and_with_extreme_counts() -> None:
     table = new_table(small_settings())
-    apply(table, started("s", 1), event("s", 2, viewer_count={"count": 1_000_000_000}),
-          event("s", 3, chatted={"count": 1_000_000_000}), event("s", 4, bid={"amount_minor": 10**12, "currency": "USD"}))  # fmt: skip
+    apply(
+        table, started("s", 1), event("s", 2, viewer_count={"count": 1_000_000_000}),
+        event("s", 3, chatted={"count": 1_000_000_000}),
+        event("s", 4, bid={"amount_minor": 10**12, "currency": "USD"}),
+    )  # fmt: skip
     for later in (0, MINUTE, 60 * MINUTE, 48 * 60 * MINUTE):
         found = FEATURES.compute(table.columns, np.zeros(1, np.int32), T0 + later, table.landmark_ms)
         assert np.isfinite(found.values).all()
@@ -105,9 +111,7 @@ def test_any_change_of_a_declaration_changes_the_schema() -> None:
         (declare() + declare(), "unique"),
     ],
 )
-def test_a_wrong_declaration_is_refused_naming_field_and_choices(
-    declarations: list[dict[str, Any]], told: str
-) -> None:
+def test_a_wrong_declaration_is_refused_naming_field_and_choices(declarations: list[dict[str, Any]], told: str) -> None:
     with pytest.raises(ConfigError) as refused:
         FeatureSet(declarations)
     assert told in str(refused.value)

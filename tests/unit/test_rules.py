@@ -19,6 +19,7 @@ from tests.events import T0, apply, event, new_table, small_settings, started
 
 FEATURES = ("x", "y")
 ON = np.uint32(1 << len(BUILT_IN))
+REPORTED = np.ones(2, bool)
 
 
 def book(tmp_path: Path, text: str) -> RuleBook:
@@ -52,9 +53,7 @@ def test_the_shipped_rules_are_valid() -> None:
         (DEFAULT + "rule = 3", "rule"),
     ],
 )
-def test_a_wrong_file_is_refused_with_the_place_and_what_is_allowed(
-    tmp_path: Path, text: str, told: str
-) -> None:
+def test_a_wrong_file_is_refused_with_the_place_and_what_is_allowed(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigError) as refused:
         book(tmp_path, text)
     assert told in str(refused.value)
@@ -65,15 +64,43 @@ def test_surfaces_inherit_from_the_default(tmp_path: Path) -> None:
     assert surfaces["b"].creator_cap == 7 and surfaces["b"].diversity == 0.9
 
 
-RULE = "[rule.a]\nexclude = true\nwhen = [{ feature = 'x', above = 10, until = 5 }, { feature = 'y', below = 1, until = 2 }]\n"
+RULE = """[rule.a]
+exclude = true
+when = [{ feature = 'x', above = 10, until = 5 }, { feature = 'y', below = 1, until = 2 }]
+"""
 
 
 def test_a_rule_enters_beyond_its_threshold_and_leaves_only_past_until(tmp_path: Path) -> None:
     rules = book(tmp_path, DEFAULT + RULE)
     state = np.zeros(1, np.uint32)
-    for x, y, expected in ((11, 2, 0), (11, 0, ON), (6, 1.5, ON), (5, 2, ON), (4.9, 0, 0), (6, 0, 0), (11, 0, ON), (11, 2.1, 0)):
-        state = bits.assess(rules, FEATURES, np.array([[x, y]], np.float32), state)
+    for x, y, expected in (
+        (11, 2, 0),
+        (11, 0, ON),
+        (6, 1.5, ON),
+        (5, 2, ON),
+        (4.9, 0, 0),
+        (6, 0, 0),
+        (11, 0, ON),
+        (11, 2.1, 0),
+    ):
+        state = bits.assess(rules, FEATURES, np.array([[x, y]], np.float32), REPORTED, state)
         assert state[0] == expected, (x, y)
+
+
+def test_silence_is_no_evidence_where_nobody_reports_the_signal(tmp_path: Path) -> None:
+    rules = book(tmp_path, DEFAULT + RULE)
+    suspicious, before = np.array([[11, 0]], np.float32), np.zeros(1, np.uint32)
+    assert bits.assess(rules, FEATURES, suspicious, REPORTED, before)[0] == ON
+    assert bits.assess(rules, FEATURES, suspicious, np.array([True, False]), before)[0] == 0
+
+
+def test_what_is_reported_follows_from_the_events_seen_on_the_platform() -> None:
+    features = FeatureSet.load(TableSettings().features_file)
+    table = new_table(small_settings())
+    apply(table, started("s", 1), event("s", 2, viewer_count={"count": 9}), event("s", 3, liked={}))
+    reported = dict(zip(features.names, features.reported(table.counters_seen).tolist(), strict=True))
+    assert reported["viewers"] and reported["likes_per_viewer_5m"] and reported["age_minutes"]
+    assert not reported["chats_per_minute_5m"] and not reported["conversion_30m"]
 
 
 @given(st.lists(st.tuples(st.floats(0, 20, width=32), st.booleans()), min_size=1, max_size=20))
@@ -81,8 +108,8 @@ def test_rows_are_judged_independently(rows: list[tuple[float, bool]]) -> None:
     rules = RuleBook.load(_rule_file(), FEATURES)
     values = np.array([[x, 0] for x, _ in rows], np.float32)
     before = np.array([ON if on else 0 for _, on in rows], np.uint32)
-    together = bits.assess(rules, FEATURES, values, before)
-    alone = [bits.assess(rules, FEATURES, values[i : i + 1], before[i : i + 1])[0] for i in range(len(rows))]
+    together = bits.assess(rules, FEATURES, values, REPORTED, before)
+    alone = [bits.assess(rules, FEATURES, values[i : i + 1], REPORTED, before[i : i + 1])[0] for i in range(len(rows))]
     assert together.tolist() == alone
 
 

@@ -85,7 +85,9 @@ def test_trending_is_the_head_of_the_order_inside_the_filter(world: World) -> No
     assert world.view("trending", odd) == [s for s in order if s % 2][:6]
 
 
-@pytest.mark.parametrize(("name", "group"), [("trending_in_category", lambda i: 1 + i % 2), ("trending_in_language", lambda i: i % 3)])
+@pytest.mark.parametrize(
+    ("name", "group"), [("trending_in_category", lambda i: 1 + i % 2), ("trending_in_language", lambda i: i % 3)]
+)
 def test_each_group_gets_its_own_best(world: World, name: str, group: Callable[[int], int]) -> None:
     found = world.view(name)
     order = world.snapshot.trend_order.tolist()

@@ -21,9 +21,7 @@ from loadtest.world import (
 )
 from server.config import TableSettings
 
-SMALL = WorldSettings(
-    seed=3, target_live=30, n_creators=500, n_viewers=5_000, mean_session_ms=90_000, embedding_dim=16
-)
+SMALL = WorldSettings(seed=3, target_live=30, n_creators=500, n_viewers=5_000, mean_session_ms=90_000, embedding_dim=16)
 PERFECT = Adversity.none()
 
 
@@ -131,9 +129,7 @@ def test_heartbeats_of_a_live_stream_show_progress() -> None:
 
 
 def test_messages_say_what_the_columns_say() -> None:
-    world = World(
-        variant(mean_session_ms=60_000, adversity=Adversity(moderated_per_minute=1.0, view_bot=0.3))
-    )
+    world = World(variant(mean_session_ms=60_000, adversity=Adversity(moderated_per_minute=1.0, view_bot=0.3)))
     seen: set[str] = set()
     for _ in range(90):
         events = world.step()
@@ -168,9 +164,7 @@ def test_messages_say_what_the_columns_say() -> None:
                 assert payload.action == value
             elif name == "started":
                 assert payload.title == world.streams.titles[events.stream[i]]
-                np.testing.assert_array_equal(
-                    np.float32(payload.embedding), world.streams.embedding[events.stream[i]]
-                )
+                np.testing.assert_array_equal(np.float32(payload.embedding), world.streams.embedding[events.stream[i]])
             else:
                 assert payload.count == value
     assert seen == {kind.name.lower() for kind in EventKind}
@@ -197,9 +191,7 @@ def test_impossible_settings_are_refused_by_name(changes: dict[str, object], nam
         variant(**changes)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"late": -0.1}, {"late_mean_ms": 0}, {"silent_death": 0.7, "lost_end": 0.7}]
-)
+@pytest.mark.parametrize("wrong", [{"late": -0.1}, {"late_mean_ms": 0}, {"silent_death": 0.7, "lost_end": 0.7}])
 def test_impossible_adversity_is_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Adversity(**wrong)  # type: ignore[arg-type]

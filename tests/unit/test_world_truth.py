@@ -47,9 +47,7 @@ def test_viewers_are_joins_minus_leaves(rough: tuple[World, Column]) -> None:
 
 def test_on_a_perfect_network_the_events_tell_all_joins_and_leaves() -> None:
     world = World(
-        WorldSettings(
-            seed=5, target_live=40, n_creators=500, mean_session_ms=60_000, adversity=Adversity.none()
-        )
+        WorldSettings(seed=5, target_live=40, n_creators=500, mean_session_ms=60_000, adversity=Adversity.none())
     )
     column = play(world, 300)
     told = np.zeros(len(world.streams))
@@ -210,9 +208,7 @@ def test_bots_are_counted_and_do_nothing_and_spammers_do_too_much() -> None:
     usual = typical_chats_per_viewer(Flaw.NONE)
     assert typical_chats_per_viewer(Flaw.VIEW_BOT) < 0.4 * usual
     assert typical_chats_per_viewer(Flaw.CHAT_SPAM) > 3 * usual
-    assert (world.truth.reported_viewers > world.truth.viewers)[
-        world.truth.view_bot & (world.truth.viewers > 0)
-    ].all()
+    assert (world.truth.reported_viewers > world.truth.viewers)[world.truth.view_bot & (world.truth.viewers > 0)].all()
     spam = (kind == EventKind.CHATTED) & (flaw == Flaw.CHAT_SPAM)
     row = np.flatnonzero(world.truth.chat_spam & (world.streams.state == State.LIVE))[0]
     assert len(np.unique(viewer[spam & (stream == row)])) <= 4
@@ -268,9 +264,7 @@ def test_viewers_are_recorded_only_if_asked_for(rough: tuple[World, Column]) -> 
 
 def test_the_number_of_live_streams_stays_near_the_target() -> None:
     world = World(
-        WorldSettings(
-            target_live=200, n_creators=1_000, mean_session_ms=60_000, daily_curve=False, embedding_dim=4
-        )
+        WorldSettings(target_live=200, n_creators=1_000, mean_session_ms=60_000, daily_curve=False, embedding_dim=4)
     )
     live = []
     for _ in range(600):
