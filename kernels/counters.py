@@ -129,6 +129,30 @@ def decay_factors(now_ms: int, landmark_ms: int) -> NDArray[np.float32]:
     return np.array([2.0 ** (-(now_ms - landmark_ms) / h) for h in HALF_LIVES_MS], dtype=np.float32)
 
 
+MIN_AGE_MS = 10_000
+
+
+@njit(cache=True, nogil=True)
+def _saturation(age_ms: NDArray[np.int64], half_lives_ms: NDArray[np.int64]) -> NDArray[np.float32]:
+    out = np.empty((half_lives_ms.shape[0], age_ms.shape[0]), dtype=np.float32)
+    for h in range(half_lives_ms.shape[0]):
+        for i in range(age_ms.shape[0]):
+            age = max(age_ms[i], MIN_AGE_MS)
+            out[h, i] = np.float32(1.0 - 2.0 ** (-age / half_lives_ms[h]))
+    return out
+
+
+def saturation(age_ms: NDArray[np.int64]) -> NDArray[np.float32]:
+    """How full the decayed windows of streams of this age are, float32[3, n] in (0, 1].
+
+    After the time a, a steady rate has filled 1 - 2^(-a / h) of what it fills in the end. Dividing by it
+    makes the rates of young streams unbiased; without it every new stream looks as if it accelerated,
+    because short windows fill first. Ages below 10 s count as 10 s, or one event would be a huge rate.
+    Evaluated row by row: a vectorised power may round differently at the end of an array.
+    """
+    return np.asarray(_saturation(age_ms, np.array(HALF_LIVES_MS, dtype=np.int64)))
+
+
 def next_landmark(now_ms: int, landmark_ms: int) -> int:
     """The landmark that should be in use at ``now_ms``; equal to ``landmark_ms`` most of the time."""
     if now_ms - landmark_ms < RELANDMARK_AFTER_MS:

@@ -30,31 +30,18 @@ from server.live.table import End, LiveTable
 from server.log.base import EventLog
 from server.log.commit import Committed, GroupCommit
 from server.ranking.pipeline import Pipeline
-from server.ranking.slates import SlateBatch
+from server.ranking.slates import ReplyState, SlateBatch
 from server.recorder import Recorder
 from server.retrieval.query import RankQuery, build_batch
 from server.retrieval.streams import StreamState
 from server.retrieval.view import Snapshot
 from server.rules.rulebook import RuleBook
 from server.scoring.ladder import Level
-from server.scoring.refresh import Refresher, RefreshJob, RefreshResult
+from server.scoring.refresh import Refresher, RefreshResult
+from server.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-ASSESS_CHUNK_ROWS = 16_384
-"""Rows whose features a tick recomputes at most on its way around the table: bounds the tick's pause."""
-
-
-@dataclass(frozen=True)
-class ReplyState:
-    """What every reply discloses about the state that answered it."""
-
-    applied_offset: int
-    model_version: str
-    level: Level
-    reasons: tuple[str, ...]
-    score_age_ms: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +104,7 @@ class Engine:
         self._touched: list[NDArray[np.int32]] = []
         self._next_tick_s = 0.0
         self._next_refresh_ms = 0
-        self._around = _Around(np.zeros(0, np.int32), features)
+        self._sweep = Sweep.begin(table, features)
         self._batch_s = 0.0
         self._stopping = False
         self._failed = False
@@ -296,7 +283,7 @@ class Engine:
     # --- time ---------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        """Expires leases, refreshes rules of changed rows, moves on around the table, takes a snapshot."""
+        """Expires leases, refreshes rules of changed rows, sweeps on, takes a snapshot."""
         assert self._commit is not None
         started = time.perf_counter()
         now_ms = self._commit.settled_ms()
@@ -325,32 +312,30 @@ class Engine:
         self.pipeline.snapshot = Snapshot(self.table, self.streams, before.settings, now_ms, before.trend_order)
 
     def _refresh_scores(self, now_ms: int) -> None:
-        """Recomputes features and rules around the table, a chunk per tick; then sends them to the model."""
+        """Sweeps the table, a chunk per tick; then sends all features to the model."""
         assert self._refresher is not None
-        if self._around.finished:
+        if self._sweep.finished:
             if now_ms < self._next_refresh_ms:
                 return
             self._next_refresh_ms = now_ms + self.settings.scoring.refresh_ms
-            live = self.table.columns.state[: self.table.rows] == fence.LIVE
-            self._around = _Around(np.flatnonzero(live).astype(np.int32), self.features)
-        self._around.step(self.streams, now_ms)
-        if self._around.finished:
-            job = self._around.job(self.table, self.streams, now_ms)
-            self._refresher.submit(job)  # when the last one still runs, the next way around brings newer rows
-            self._recorder.features(self._around.states, self.features)
+            self._sweep = Sweep.begin(self.table, self.features)
+        self._sweep.step(self.streams, now_ms)
+        if self._sweep.finished:
+            # Not taken while the last job still runs: the next sweep brings newer rows anyway.
+            self._refresher.submit(self._sweep.job(self.table, now_ms))
+            self._recorder.features(self._sweep.states, self.features)
 
     def refresh_now(self) -> None:
         """One whole refresh in the calling (engine) thread: for replay, where time is the file's."""
         assert self._refresher is not None and self._commit is not None
         now_ms = self._commit.settled_ms()
-        live = self.table.columns.state[: self.table.rows] == fence.LIVE
-        around = _Around(np.flatnonzero(live).astype(np.int32), self.features)
-        while not around.finished:
-            around.step(self.streams, now_ms)
+        sweep = Sweep.begin(self.table, self.features)
+        while not sweep.finished:
+            sweep.step(self.streams, now_ms)
         with self._refresher.paused():
             with self._wake:
                 self._results.clear()  # older than what follows
-            self._take_scores(self._refresher.run_once(around.job(self.table, self.streams, now_ms)))
+            self._take_scores(self._refresher.run_once(sweep.job(self.table, now_ms)))
         self._tick()
 
     def _take_scores(self, result: RefreshResult) -> None:
@@ -436,41 +421,6 @@ class Engine:
             )
         version = scores.model_version or "formula"
         return ReplyState(self.applied_offset, version, scores.level, scores.reasons, age_ms)
-
-
-class _Around:
-    """One way around the live rows: their features and rule bits, a chunk per tick."""
-
-    def __init__(self, slots: NDArray[np.int32], features: FeatureSet) -> None:
-        self.slots = slots
-        self._done = 0
-        self._sent = False
-        self._values = np.empty((len(slots), len(features)), np.float32)
-        self.states = np.empty((len(slots), len(features)), np.uint8)
-
-    @property
-    def finished(self) -> bool:
-        return self._sent
-
-    def step(self, streams: StreamState, now_ms: int) -> None:
-        """Assesses the next chunk."""
-        chunk = self.slots[self._done : self._done + ASSESS_CHUNK_ROWS]
-        if len(chunk):
-            found = streams.assess(chunk, now_ms)
-            self._values[self._done : self._done + len(chunk)] = found.values
-            self.states[self._done : self._done + len(chunk)] = found.states
-        self._done += len(chunk)
-        self._sent = self._done >= len(self.slots)
-
-    def job(self, table: LiveTable, streams: StreamState, now_ms: int) -> RefreshJob:
-        """The rows for the model. An empty table sends one row that belongs to nobody: it keeps the
-        connection warm and tells whether the model answers."""
-        if not len(self.slots):
-            probe = np.zeros((1, self._values.shape[1]), np.float32)
-            nobody = np.array([np.iinfo(np.uint32).max], np.uint32)
-            return RefreshJob(np.zeros(1, np.int32), nobody, probe, None, now_ms)
-        ids = table.columns.ids[self.slots].view("S64").reshape(-1)
-        return RefreshJob(self.slots, streams.session[self.slots], self._values, ids, now_ms)
 
 
 def _resolve(done: Future[object], function: Callable[[], object]) -> None:

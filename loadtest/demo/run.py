@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from loadtest.world import World, WorldSettings
 
 LEASE_MS, GRACE_MS = 6_000, 6_000
 TABLE_EVERY_S = 6.0
+WIDTH = 118  # of the output when it goes to a file
 
 
 def run_demo(seconds: float, streams: int, seed: int) -> int:
@@ -30,7 +32,7 @@ def run_demo(seconds: float, streams: int, seed: int) -> int:
     Returns 0 only if no stream was shown after its end was acknowledged and the model really scored:
     in Triton, or, where Triton cannot run, in process (which is said).
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liverank-demo-")))
         try:

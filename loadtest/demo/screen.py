@@ -61,8 +61,10 @@ class Screen:
             title=f"{second:3.0f} s · trending now · {reply.model_version} · degradation {level}",
             title_justify="left",
         )
-        for name, right in (("rank", 1), ("", 0), ("title", 0), ("viewers", 1), ("trend", 1), ("why", 0)):
-            table.add_column(name, justify="right" if right else "left", no_wrap=True)
+        for name, right, least in (
+            ("rank", 1, 4), ("", 0, 4), ("title", 0, 30), ("viewers", 1, 7), ("trend", 1, 8), ("why", 0, 30),
+        ):  # fmt: skip
+            table.add_column(name, justify="right" if right else "left", no_wrap=True, min_width=least)
         for place, stream in enumerate(reply.streams, 1):
             table.add_row(*self._row(request, place, stream))
         self._console.print(table)

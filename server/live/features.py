@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.counters import COUNTERS, HALF_LIVES_MS, decay_factors, estimate_distinct
+from kernels.counters import COUNTERS, HALF_LIVES_MS, decay_factors, estimate_distinct, saturation
 from server.errors import ConfigError
 from server.live.columns import Columns
 
@@ -49,6 +49,7 @@ class _Reading:
     def __init__(self, columns: Columns, slots: NDArray[np.int32], now_ms: int, landmark_ms: int) -> None:
         self.columns, self.slots, self.now_ms = columns, slots, now_ms
         self._factors = decay_factors(now_ms, landmark_ms)
+        self._saturation = saturation(now_ms - columns.started_ms[slots])
         self._sums: dict[tuple[str, int], Values] = {}
 
     def sum(self, counter: str, half_life_s: int) -> Values:
@@ -67,10 +68,10 @@ class _Reading:
             seen = reports > 1e-6
             mean = self.sum("viewers", half_life_s) / np.maximum(reports, np.float32(1e-6))
             return mean.astype(np.float32, copy=False), seen
-        # A constant rate r gives a decayed sum of r * h / ln 2.
+        # A constant rate r gives a decayed sum of r * h / ln 2, times how full the window is yet.
         per_minute = np.float32(math.log(2) * 60.0 / half_life_s)
         total = self.sum(name, half_life_s)
-        return total * per_minute, total > 0
+        return total * per_minute / self._saturation[HALF_LIVES_MS.index(half_life_s * 1000)], total > 0
 
 
 Compute = Callable[[_Reading, "dict[str, Any]"], "tuple[Values, Mask, Mask | None]"]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from kernels.slate import Slates
 from server.retrieval.query import QueryBatch
+from server.scoring.ladder import Level
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,14 @@ class SlateBatch:
     candidates: Candidates | None = None
     selected: Slates | None = None
     popular: bool = False
+
+
+@dataclass(frozen=True)
+class ReplyState:
+    """What every reply discloses about the state that answered it."""
+
+    applied_offset: int
+    model_version: str
+    level: Level
+    reasons: tuple[str, ...]
+    score_age_ms: int

@@ -6,9 +6,8 @@ import numpy as np
 from liverank.v1 import ranking_pb2 as pb
 
 from kernels.wire import encode_streams
-from server.engine import ReplyState
 from server.live.table import LiveTable
-from server.ranking.slates import SlateBatch
+from server.ranking.slates import ReplyState, SlateBatch
 from server.retrieval.sources import SOURCES
 
 SOURCE_NAMES = tuple(source.name for source in SOURCES)
