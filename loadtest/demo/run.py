@@ -18,7 +18,7 @@ from rich.console import Console
 from loadtest.demo.audience import Audience
 from loadtest.demo.platform import Platform
 from loadtest.demo.screen import Screen
-from loadtest.processes import ROOT, NotStartedError, running_server, running_triton, set_up_triton
+from loadtest.processes import ROOT, NotStartedError, running_server, running_triton, set_up_triton, wait_for
 from loadtest.world import World, WorldSettings
 
 LEASE_MS, GRACE_MS = 6_000, 6_000
@@ -80,7 +80,8 @@ def _watch(
     audience = Audience(platform, channel, threads=4, seed=seed)
     platform.start()
     started_s = time.monotonic()
-    time.sleep(min(2.0, seconds / 2))  # until the first streams are up
+    admin = admin_pb2_grpc.AdminStub(channel)
+    wait_for(lambda: admin.Status(admin_pb2.StatusRequest(), timeout=5.0).live > 0, 20.0, "the first stream live")
     audience.start()
     try:
         while (left_s := seconds - (time.monotonic() - started_s)) > 0 and platform.failure is None:
@@ -90,7 +91,7 @@ def _watch(
         audience.stop()
         platform.stop()
         screen.close()
-    status = admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), timeout=5.0)
+    status = admin.Status(admin_pb2.StatusRequest(), timeout=5.0)
     models = sorted(m for m in audience.models if m not in ("formula", "popular"))
     scored = bool(models) and (not expect_triton or status.scoring_backend == "triton")
     summary = {

@@ -16,14 +16,17 @@ from rich.table import Table
 from loadtest.demo.platform import Platform
 
 ROWS = 10
-# feature → how it is said when it is worth saying
+# (feature, value from which it is worth saying, how it is said); the strongest come first
 _REASONS = (
-    ("viewers_velocity", 1.1, "viewers x{:.1f} in minutes"),
-    ("joins_velocity", 1.5, "joins x{:.1f}"),
-    ("likes_velocity", 1.5, "likes x{:.1f}"),
+    ("viewers_velocity", 1.15, "viewers x{:.1f}"),
+    ("joins_velocity", 1.25, "joins x{:.1f}"),
+    ("chats_velocity", 1.25, "chats x{:.1f}"),
+    ("likes_velocity", 1.25, "likes x{:.1f}"),
+    ("joins_per_minute_1m", 5.0, "{:.0f} joins/min"),
     ("purchases_per_minute_5m", 1.0, "{:.0f} sold/min"),
-    ("bids_per_minute_1m", 2.0, "{:.0f} bids/min"),
+    ("bids_per_minute_1m", 1.0, "{:.0f} bids/min"),
     ("chats_per_minute_1m", 10.0, "{:.0f} chats/min"),
+    ("likes_per_viewer_5m", 0.5, "{:.1f} likes per viewer and minute"),
 )
 
 
@@ -79,8 +82,9 @@ class Screen:
         value = {f.name: f.value for f in found.features}
         trend = next((s.value for s in found.scores if s.name == "trend"), float("nan"))
         why = ["exploring"] if stream.exploration else []
-        why += [text.format(value[name]) for name, least, text in _REASONS if value[name] >= least]
         why += [r.rule.replace("_", " ") for r in found.rules if r.boost]
+        signals = sorted(_REASONS, key=lambda reason: value[reason[0]] / reason[1], reverse=True)
+        why += [text.format(value[name]) for name, least, text in signals if value[name] >= least]
         if not why:
             why = [source.replace("_", " ") for source in found.sources[:2]]
         before = self._before.get(stream.stream_id)

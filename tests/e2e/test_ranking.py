@@ -179,6 +179,9 @@ def test_a_bad_field_is_named_alone_and_inside_a_batch(world: Client, fields: di
     with pytest.raises(grpc.RpcError) as failed:
         world.ranking.RankBatch(batch, timeout=10.0)
     assert status_of(failed.value)[1].startswith(f"requests[1].{field}: ")
+    with pytest.raises(grpc.RpcError) as failed:
+        explain(world, "s01", **fields)
+    assert status_of(failed.value)[1].startswith(f"request.{field}: ")
 
 
 def test_bytes_that_are_no_message_get_a_status_and_the_server_lives_on(world: Client) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.app import Client, running_app
-from tests.events import event, started
+from server.app import App
+from server.clock import ManualClock
+from server.config import parse_settings
+from server.engine import Engine
+from server.warmup import warm_up
+from tests.app import SMALL, Client, running_app
+from tests.events import T0, event, started
 
 SERVICES = {f"liverank.v1.{name}" for name in ("Ranking", "Liveness", "Ingest", "Admin")}
 
@@ -28,6 +35,40 @@ def test_every_service_reports_its_health(client: Client) -> None:
     for service in ("", *SERVICES):
         reply = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10.0)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_server_says_serving_only_once_it_is_warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, release = threading.Event(), threading.Event()
+    told: list[int] = []
+
+    def slow_warm_up(engine: Engine) -> None:
+        begun.set()
+        assert release.wait(10.0)
+        warm_up(engine)
+
+    monkeypatch.setattr("server.app.warm_up", slow_warm_up)
+    settings = parse_settings(
+        {
+            "serve": {"port": 0, "metrics_port": 0},
+            "table": SMALL,
+            "log": {"path": str(tmp_path / "events.sqlite3")},
+            "scoring": {"mode": "local", "model_repository": str(tmp_path)},
+        }
+    )
+    app = App(settings, ManualClock(T0), lambda: None)
+    starting = threading.Thread(target=app.start)
+    starting.start()
+    assert begun.wait(10.0)
+    with grpc.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        request = health_pb2.HealthCheckRequest(service="liverank.v1.Ranking")
+        told.append(check(request, timeout=10.0).status)
+        release.set()
+        starting.join(60.0)
+        told.append(check(request, timeout=10.0).status)
+    app.drain()
+    health = health_pb2.HealthCheckResponse
+    assert told == [health.NOT_SERVING, health.SERVING]
 
 
 def test_reflection_lists_every_service(client: Client) -> None:
@@ -72,8 +113,6 @@ def test_metrics_tell_what_happened(client: Client) -> None:
 
 
 def test_refused_calls_are_counted_by_method_and_code(client: Client) -> None:
-    import grpc
-
     with pytest.raises(grpc.RpcError):
         client.rank(surface="nowhere")
     assert scrape(client)["liverank_rpc_errors_total", "INVALID_ARGUMENT,Rank"] == 1

@@ -45,9 +45,7 @@ def test_only_the_engine_thread_reads_or_changes_the_table(tmp_path: Path) -> No
             refs = [liveness_pb2.StreamRef(stream_id="s4")]
             client.liveness.CheckLive(liveness_pb2.CheckLiveRequest(streams=refs), timeout=10.0)
             listed = [f"s{i}" for i in range(19)]
-            client.liveness.Reconcile(
-                liveness_pb2.ReconcileRequest(as_of_ms=T0, live_stream_ids=listed), timeout=10.0
-            )
+            client.liveness.Reconcile(liveness_pb2.ReconcileRequest(as_of_ms=T0, live_stream_ids=listed), timeout=10.0)
             client.admin.BlockStream(admin_pb2.BlockStreamRequest(stream_id="s5"), timeout=10.0)
             client.admin.ReloadRules(admin_pb2.ReloadRulesRequest(), timeout=10.0)
             client.admin.Status(admin_pb2.StatusRequest(), timeout=10.0)
