@@ -65,10 +65,8 @@ def test_sigterm_finishes_what_is_in_flight_turns_readiness_off_and_exits_with_z
         idle = threading.Event()
         publish = ingest_pb2_grpc.IngestStub(channel).Publish(iter(lambda: idle.wait(60) or None, None))
         rank = ranking_pb2_grpc.RankingStub(channel).RankBatch
-        batch = ranking_pb2.RankBatchRequest(requests=[ranking_pb2.RankRequest(limit=100)] * 2_000)
+        batch = ranking_pb2.RankBatchRequest(requests=[ranking_pb2.RankRequest(limit=50)] * 1_000)
         in_flight = rank.future(batch, timeout=30.0)
-        metrics = f"http://127.0.0.1:{server.metrics_port}/metrics"
-        assert metrics
         eventually(lambda: in_flight.running() or in_flight.done())
         server.process.send_signal(signal.SIGTERM)
         statuses = [update.status for update in _until_closed(health)]
@@ -76,7 +74,7 @@ def test_sigterm_finishes_what_is_in_flight_turns_readiness_off_and_exits_with_z
         if in_flight.exception() is not None:  # it had not reached the server yet: refused, not cut off
             assert in_flight.exception().code() is grpc.StatusCode.UNAVAILABLE
         else:
-            assert len(in_flight.result().responses) == 2_000
+            assert len(in_flight.result().responses) == 1_000
         with pytest.raises(grpc.RpcError) as ended:
             next(watch)
         assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
