@@ -21,9 +21,9 @@ from loadtest.demo.screen import Screen
 from loadtest.processes import ROOT, NotStartedError, running_server, running_triton, set_up_triton, wait_for
 from loadtest.world import World, WorldSettings
 
-LEASE_MS, GRACE_MS = 6_000, 6_000
+LEASE_MS, GRACE_MS = 6_000, 20_000
 TABLE_EVERY_S = 6.0
-WIDTH = 118  # of the output when it goes to a file
+WIDTH = 120  # of the output when it goes to a file
 
 
 def run_demo(seconds: float, streams: int, seed: int) -> int:
@@ -67,7 +67,7 @@ def _watch(
             seed=seed,
             start_ms=int(time.time() * 1000),
             target_live=streams,
-            mean_session_ms=120_000,
+            mean_session_ms=240_000,
             viewer_count_ms=4_000,
             interaction_ms=4_000,
             n_creators=max(2_000, 4 * streams),

@@ -26,7 +26,7 @@ _REASONS = (
     ("purchases_per_minute_5m", 1.0, "{:.0f} sold/min"),
     ("bids_per_minute_1m", 1.0, "{:.0f} bids/min"),
     ("chats_per_minute_1m", 10.0, "{:.0f} chats/min"),
-    ("likes_per_viewer_5m", 0.5, "{:.1f} likes per viewer and minute"),
+    ("likes_per_viewer_5m", 0.5, "{:.1f} likes/viewer/min"),
 )
 
 
@@ -65,9 +65,9 @@ class Screen:
             title_justify="left",
         )
         for name, right, least in (
-            ("rank", 1, 4), ("", 0, 4), ("title", 0, 30), ("viewers", 1, 7), ("trend", 1, 8), ("why", 0, 30),
+            ("rank", 1, 4), ("", 0, 4), ("title", 0, 36), ("viewers", 1, 7), ("trend", 1, 8), ("why", 0, 42),
         ):  # fmt: skip
-            table.add_column(name, justify="right" if right else "left", no_wrap=True, min_width=least)
+            table.add_column(name, justify="right" if right else "left", no_wrap=True, width=least)
         for place, stream in enumerate(reply.streams, 1):
             table.add_row(*self._row(request, place, stream))
         self._console.print(table)
@@ -90,9 +90,8 @@ class Screen:
         before = self._before.get(stream.stream_id)
         move = "new" if before is None else "" if before == place else "up" if before > place else "down"
         title = self._platform.title(stream.stream_id)
-        shown = title if len(title) <= 44 else title[:43] + "…"
         return (
-            str(place), move if self._before else "", shown, f"{value['viewers']:,.0f}",
+            str(place), move if self._before else "", title, f"{value['viewers']:,.0f}",
             "unscored" if trend != trend else f"{trend:.3f}", ", ".join(why[:3]),
         )  # fmt: skip
 

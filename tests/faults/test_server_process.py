@@ -107,13 +107,16 @@ def test_kill_9_while_writing_loses_nothing_that_was_acknowledged(
             end = event(f"s{i}", sequence, now_ms, 1, ended={})
             yield ingest_pb2.EventBatch(producer_id="q", events=[end])
 
-    with grpc.insecure_channel(server.address) as channel:
-        acks = _until_closed(ingest_pb2_grpc.IngestStub(channel).Publish(batches()))
-        for number, ack in enumerate(acks):
-            assert not ack.rejected
-            (ended if number % 2 else acknowledged).append(number // 2 * 10)
-            if number == 61:
-                server.process.kill()  # the next batches are on their way
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            acks = _until_closed(ingest_pb2_grpc.IngestStub(channel).Publish(batches()))
+            for number, ack in enumerate(acks):
+                assert not ack.rejected
+                (ended if number % 2 else acknowledged).append(number // 2 * 10)
+                if number == 61:
+                    server.process.kill()  # the next batches are on their way
+    finally:
+        server.process.kill()
     assert server.process.wait(10) == -signal.SIGKILL
     again = start_server(folder, settings)
     try:
