@@ -160,6 +160,11 @@ class Engine:
             self._wake.notify()
         return done
 
+    @property
+    def queued_rows(self) -> int:
+        """Viewers that wait to be ranked."""
+        return self._rank_rows
+
     def stop(self) -> None:
         """Finishes what is queued, then ends the thread."""
         with self._wake:

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from liverank.v1 import ranking_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import App
@@ -20,6 +21,7 @@ from server.engine import Engine
 from server.warmup import warm_up
 from tests.app import SMALL, Client, running_app
 from tests.events import T0, event, started
+from tests.triton_server import eventually
 
 SERVICES = {f"liverank.v1.{name}" for name in ("Ranking", "Liveness", "Ingest", "Admin")}
 
@@ -69,6 +71,31 @@ def test_a_server_says_serving_only_once_it_is_warm(tmp_path: Path, monkeypatch:
     app.drain()
     health = health_pb2.HealthCheckResponse
     assert told == [health.NOT_SERVING, health.SERVING]
+
+
+def test_a_drain_answers_what_is_in_flight_and_refuses_what_comes_later(tmp_path: Path) -> None:
+    with running_app(tmp_path) as client:
+        client.publish(started("s", 0))
+        client.tick()
+        held, release = threading.Event(), threading.Event()
+        client.app.engine.call(lambda: (held.set(), release.wait(10.0)))
+        assert held.wait(10.0)
+        in_flight = client.ranking.Rank.future(ranking_pb2.RankRequest(), timeout=10.0)
+        eventually(lambda: client.app.engine.queued_rows == 1, what="the call waits for the engine")
+        drained: list[bool] = []
+        draining = threading.Thread(target=lambda: drained.append(client.app.drain()))
+        draining.start()
+
+        def refused() -> bool:
+            with pytest.raises(grpc.RpcError) as failed:
+                client.rank()
+            return failed.value.code() is grpc.StatusCode.UNAVAILABLE
+
+        eventually(refused, what="new calls are refused")
+        release.set()
+        assert [s.stream_id for s in in_flight.result(10.0).streams] == ["s"]
+        draining.join(20.0)
+        assert drained == [True]
 
 
 def test_reflection_lists_every_service(client: Client) -> None:
