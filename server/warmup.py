@@ -1,25 +1,112 @@
-"""Warm-up: compiles every kernel and asks the model once, before the server says SERVING."""
+"""Warm-up: before the server says SERVING, every kernel is compiled and the model was asked once.
+
+A kernel compiles on its first call, which takes seconds on a machine that has never run it. So a small
+private world goes the whole way first: every kind of event, a tick, every path of ranking.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 
-from liverank.v1 import ranking_pb2 as pb
+import numpy as np
+from liverank.v1 import ingest_pb2 as pb
 
+from server.clock import ManualClock
+from server.config import Settings
 from server.engine import Engine
-from server.rpc.decode import decode_rank
+from server.live.events import KIND_NAMES, decode_batch
+from server.live.features import FeatureSet
+from server.live.table import LiveTable
+from server.ranking.explain import explain
+from server.ranking.pipeline import Pipeline
+from server.ranking.slates import ReplyState
+from server.retrieval.query import RankQuery, build_batch
+from server.retrieval.registry import make_engine
+from server.retrieval.streams import StreamState
+from server.retrieval.view import Snapshot
+from server.rpc.encode import encode_replies
+from server.rules.rulebook import RuleBook
+from server.scoring.ladder import Level
+
+logger = logging.getLogger(__name__)
 
 MODEL_WAIT_S = 5.0
+STREAMS = 40
 
 
 def warm_up(engine: Engine) -> None:
-    """Ranks with and without an embedding on what the table holds, and waits for the first scores.
+    """Compiles what serving needs, then waits for the engine's first scores.
 
     A model that does not answer does not keep the server from serving: replies disclose the fallback.
     """
-    dim = engine.settings.table.embedding_dim
-    surfaces = engine.streams.book.surfaces
-    for request in (pb.RankRequest(), pb.RankRequest(viewer_embedding=[1.0] * dim, languages=["en"])):
-        query = decode_rank(request, engine.settings, surfaces, time.monotonic() + 120.0)
-        engine.rank([query]).result()
+    started_s = time.monotonic()
+    compile_kernels(engine.settings, engine.features, engine.streams.book)
     engine.first_scores.wait(MODEL_WAIT_S)
+    logger.info("warm after %.1f s", time.monotonic() - started_s)
+
+
+def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook) -> None:
+    """Takes a private table of a few streams through events, tick, ranking, explanation and encoding."""
+    small = settings.model_copy(update={"table": settings.table.model_copy(update={"capacity": 2 * STREAMS})})
+    now_ms = 1_700_000_000_000
+    clock = ManualClock(now_ms)
+    search = make_engine(settings.retrieval.engine, 2 * STREAMS, settings.table.embedding_dim)
+    table = LiveTable(small.table, search.embeddings)
+    streams = StreamState(table, features, book)
+    for payload in _events(now_ms, settings.table.embedding_dim):
+        applied = table.apply(decode_batch(payload, small.table).events, now_ms)
+        streams.forget_changed_sessions(applied.touched)
+    table.expire(now_ms)
+    rows = np.arange(table.rows, dtype=np.int32)
+    streams.assess(rows, now_ms)
+    streams.apply_moderation(rows, now_ms)
+    pipeline = Pipeline(small, clock, table, streams, search)
+    pipeline.snapshot = Snapshot(table, streams, settings.retrieval, now_ms, rows[::-1].copy())
+    state = ReplyState(1, "warm-up", Level.NONE, (), 0)
+    for batch_of in (_queries(settings, 1), _queries(settings, 9)):
+        batch = build_batch(batch_of, table, book)
+        for slates in (pipeline.rank(batch), pipeline.popular(batch)):
+            encode_replies(slates, state, table, 0.0)
+    explain(table, streams, features, pipeline, _queries(settings, 1)[0], "s1", 0)
+
+
+def _events(now_ms: int, dim: int) -> list[bytes]:
+    """Starts, then one event of every kind, as serialised batches."""
+    starts, others = [], []
+    for i in range(STREAMS):
+        start = pb.Event(sequence=i + 1, stream_id=f"s{i}", epoch=1, event_time_ms=now_ms)
+        start.started.creator_id = f"c{i % 7}"
+        start.started.category, start.started.language = f"g{i % 3}", f"l{i % 2}"
+        start.started.embedding.extend(np.cos(np.arange(dim) + i).tolist())
+        starts.append(start)
+    for i, case in enumerate(KIND_NAMES.values()):
+        if case != "started":
+            event = pb.Event(sequence=100 + i, stream_id=f"s{i}", epoch=1, event_time_ms=now_ms, viewer_id="v")
+            getattr(event, case).SetInParent()
+            others.append(event)
+    return [pb.EventBatch(producer_id="warm-up", events=e).SerializeToString() for e in (starts, others)]
+
+
+def _queries(settings: Settings, n: int) -> list[RankQuery]:
+    """n requests, with and without embedding, filters, followed creators and exclusions."""
+    dim = settings.table.embedding_dim
+    return [
+        RankQuery(
+            request_id=f"r{i}",
+            viewer_id="",
+            embedding=None if i % 3 == 2 else np.full(dim, dim**-0.5, np.float32),
+            surface="default",
+            limit=10,
+            limit_clamped=False,
+            languages=("l1",) if i % 2 else (),
+            categories=(),
+            region="",
+            followed_creator_ids=("c1",),
+            exclude_stream_ids=("s1",) if i else (),
+            min_offset=0,
+            deadline_s=float("inf"),
+            received_s=0.0,
+        )
+        for i in range(n)
+    ]

@@ -39,15 +39,17 @@ class Snapshot:
     """Rows by trend score, best first, as of the last refresh; newer rows are not in it."""
     views: dict[FilterKey, View] = field(default_factory=dict)
 
-    @property
-    def rows(self) -> int:
-        return self.table.rows
+    rows: int = field(init=False)
+    """Rows of the table at that moment: events of this tick may add more, and views must fit together."""
+
+    def __post_init__(self) -> None:
+        self.rows = self.table.rows
 
     @cached_property
     def showable(self) -> NDArray[np.bool_]:
         """bool[rows]: passes everything that does not depend on the viewer."""
         bits = self.streams.rule_bits[: self.rows] & np.uint32(self.streams.book.exclude_bits)
-        return self.table.live_mask(self.now_ms) & (bits == 0)
+        return self.table.live_mask(self.now_ms)[: self.rows] & (bits == 0)
 
     @cached_property
     def popular(self) -> NDArray[np.int32]:

@@ -251,6 +251,20 @@ def test_explain_of_an_unknown_stream_is_not_found(world: Client) -> None:
     assert status_of(failed.value)[0] == "NOT_FOUND"
 
 
+def test_views_built_before_and_after_new_streams_within_one_tick_fit_together(tmp_path: Path) -> None:
+    with running_app(tmp_path, rank={"tick_ms": 3_600_000}) as client:
+        client.publish(*(started(f"en{i}", 0, language="en") for i in range(3)))
+        client.tick()
+        assert len(client.rank(languages=["en"]).streams) == 3  # this view now exists
+        client.publish(*(started(f"de{i}", 0, language="de") for i in range(4)))  # the table has more rows
+        requests = [ranking_pb2.RankRequest(languages=[name]) for name in ("en", "de", "fr")]
+        batch = client.ranking.RankBatch(ranking_pb2.RankBatchRequest(requests=requests), timeout=10.0)
+        assert [len(r.streams) for r in batch.responses] == [3, 0, 0], "new streams await their first tick"
+        assert len(client.rank(exclude_stream_ids=["de1"], followed_creator_ids=["creator-de2"]).streams) == 3
+        client.tick()
+        assert len(client.rank(languages=["de"]).streams) == 4
+
+
 def test_min_offset_waits_for_the_write_and_fails_precisely_when_it_does_not_come(tmp_path: Path) -> None:
     with running_app(tmp_path) as client:
         ack = client.publish(started("s", 0))
