@@ -91,7 +91,7 @@ class App:
         self._log = SqliteLog(settings.log.path)
         replayed = self.engine.recover(self._log)
         logger.info("recovered %d batches; offset %d", replayed, self.engine.applied_offset)
-        self._commit = GroupCommit(self._log, clock, settings.log.group_commit_rows, self.engine.committed)
+        self._commit = GroupCommit(self._log, clock, settings.log.group_commit_rows, self.engine.committed, on_fault)
         self._scorer = open_scorer(settings, features)
         self._refresher = Refresher(
             self._scorer,

@@ -48,7 +48,8 @@ def warm_up(engine: Engine) -> None:
 
 def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook) -> None:
     """Takes a private table of a few streams through events, tick, ranking, explanation and encoding."""
-    small = settings.model_copy(update={"table": settings.table.model_copy(update={"capacity": 2 * STREAMS})})
+    sizes = {"capacity": 2 * STREAMS, "max_events_per_batch": 2 * STREAMS}
+    small = settings.model_copy(update={"table": settings.table.model_copy(update=sizes)})
     now_ms = 1_700_000_000_000
     clock = ManualClock(now_ms)
     search = make_engine(settings.retrieval.engine, 2 * STREAMS, settings.table.embedding_dim)

@@ -47,10 +47,16 @@ class GroupCommit:
 
     Args:
         committed: called from the writer thread with what became durable, in log order.
+        on_fault: called once, from the writer thread, if it must give up on a fault of our own.
     """
 
     def __init__(
-        self, log: EventLog, clock: Clock, group_rows: int, committed: Callable[[list[Committed]], None]
+        self,
+        log: EventLog,
+        clock: Clock,
+        group_rows: int,
+        committed: Callable[[list[Committed]], None],
+        on_fault: Callable[[], None] = lambda: None,
     ) -> None:
         self._log, self._clock, self._group_rows, self._committed = log, clock, group_rows, committed
         self._wake = threading.Condition()
@@ -59,6 +65,8 @@ class GroupCommit:
         last = log.last
         self._offset = last.offset if last else 0
         self._stamp_ms = last.applied_ms if last else 0
+        self._group: list[Submission] = []  # being written
+        self._on_fault = on_fault
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
 
@@ -102,13 +110,27 @@ class GroupCommit:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._write()
+        except Exception:
+            logger.critical("the log writer gives up", exc_info=True)
+            with self._wake:
+                self._stopping = True
+                abandoned = [*self._group, *self._waiting]
+                self._waiting.clear()
+            for submission in abandoned:
+                if not submission.done.done():
+                    submission.done.set_exception(Draining("the log failed; the server is going away"))
+            self._on_fault()
+
+    def _write(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting or self._stopping)
                 if not self._waiting:
                     return
                 size = min(len(self._waiting), self._group_rows)
-                group = [self._waiting.popleft() for _ in range(size)]
+                group = self._group = [self._waiting.popleft() for _ in range(size)]
                 self._stamp_ms = max(self._stamp_ms, self._clock.now_ms())
                 stamp_ms = self._stamp_ms
                 self._unapplied.append(stamp_ms)

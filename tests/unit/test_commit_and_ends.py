@@ -111,6 +111,27 @@ def test_a_write_that_fails_refuses_its_batches_and_leaves_no_gap(
         commit.submit(submission(2))
 
 
+def test_a_fault_of_our_own_in_the_writer_is_told_to_everybody_and_leaves_nobody_waiting() -> None:
+    log, faults = HeldLog(), threading.Event()
+
+    def broken(group: list[Committed]) -> None:
+        raise RuntimeError("a bug")
+
+    commit = GroupCommit(log, ManualClock(T0), 100, broken, faults.set)
+    commit.start()
+    first, second = submission(0), submission(1)
+    commit.submit(first)
+    assert log.writing.wait(10)
+    commit.submit(second)
+    log.gate.release()
+    assert faults.wait(10)
+    for one in (first, second):
+        with pytest.raises(Draining):
+            one.done.result(10)
+    with pytest.raises(Draining):
+        commit.submit(submission(2))
+
+
 def test_waiting_batches_are_bounded(
     parts: tuple[HeldLog, ManualClock, GroupCommit, list[list[Committed]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
