@@ -133,22 +133,26 @@ class Engine:
             self._results.append(result)
             self._wake.notify()
 
-    def rank(self, queries: list[RankQuery]) -> Future[list[bytes]]:
-        """Queues viewers to be ranked; resolves to one serialised RankResponse each.
+    def rank(self, queries: list[RankQuery]) -> list[Future[list[bytes]]]:
+        """Queues viewers to be ranked; resolves to one serialised RankResponse each, in order.
+
+        One future per ``max_batch_rows`` viewers: between the parts of a large call the engine applies
+        events and ticks. All or nothing is queued.
 
         Raises:
             Overloaded: too many viewers wait already. Draining: the engine stops.
         """
-        done: Future[list[bytes]] = Future()
+        step = self.settings.serve.max_batch_rows
+        parts = [_Waiting(queries[i : i + step], Future()) for i in range(0, len(queries), step)]
         with self._wake:
             if self._stopping:
                 raise Draining("the server is draining")
             if self._rank_rows + len(queries) > max(self.settings.serve.max_queue_rows, len(queries)):
                 raise Overloaded(f"{self._rank_rows} viewers are already waiting")
             self._rank_rows += len(queries)
-            self._rank.append(_Waiting(queries, done))
+            self._rank.extend(parts)
             self._wake.notify()
-        return done
+        return [part.done for part in parts]
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Runs ``function`` on the engine thread, between batches."""
@@ -238,7 +242,7 @@ class Engine:
         return bool(self._committed or self._rank or self._calls or self._results or self._stopping)
 
     def _take_rank_batch(self) -> list[_Waiting]:
-        """As many waiting calls as fit a batch; a larger single call is a batch of its own."""
+        """As many waiting calls, or parts of calls, as fit a batch."""
         taken: list[_Waiting] = []
         rows = 0
         while self._rank and (not taken or rows + len(self._rank[0].queries) <= self.settings.serve.max_batch_rows):

@@ -80,7 +80,8 @@ NO_CAP = np.iinfo(np.int32).max
 def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook) -> QueryBatch:
     """Turns requests into columns: looks names up in the table's interners, applies the surface."""
     b = len(requests)
-    surfaces = [book.surfaces[r.surface] for r in requests]
+    # A surface may have gone with a reload of the rules since the request was checked.
+    surfaces = [book.surfaces.get(r.surface, book.surfaces["default"]) for r in requests]
     queries = np.zeros((b, table.settings.embedding_dim), np.float32)
     for i, request in enumerate(requests):
         if request.embedding is not None:

@@ -32,7 +32,7 @@ class RankingService(pb_grpc.RankingServicer):
     def Rank(self, request: pb.RankRequest, context: grpc.ServicerContext) -> bytes:
         deadline_s = _deadline_s(context)
         query = decode_rank(request, self._engine.settings, self._engine.streams.book.surfaces, deadline_s)
-        return _await(self._engine.rank([query]), deadline_s)[0]
+        return _await_all(self._engine.rank([query]), deadline_s)[0]
 
     @guarded
     def RankBatch(self, request: pb.RankBatchRequest, context: grpc.ServicerContext) -> bytes:
@@ -46,7 +46,7 @@ class RankingService(pb_grpc.RankingServicer):
             decode_rank(one, self._engine.settings, surfaces, deadline_s, f"requests[{i}].")
             for i, one in enumerate(request.requests)
         ]
-        return frame_messages(_await(self._engine.rank(queries), deadline_s))
+        return frame_messages(_await_all(self._engine.rank(queries), deadline_s))
 
     @guarded
     def Explain(self, request: pb.ExplainRequest, context: grpc.ServicerContext) -> pb.ExplainResponse:
@@ -92,6 +92,16 @@ def _explanation(stream_id: str, found: Explanation) -> pb.ExplainResponse:
 def _deadline_s(context: grpc.ServicerContext) -> float:
     left_s = context.time_remaining()
     return time.monotonic() + (DEFAULT_DEADLINE_S if left_s is None else min(left_s, DEFAULT_DEADLINE_S))
+
+
+def _await_all(parts: list[Future[list[bytes]]], deadline_s: float) -> list[bytes]:
+    """All replies in order; when one part fails, the others are not worked on any more."""
+    try:
+        return [reply for part in parts for reply in _await(part, deadline_s)]
+    except BaseException:
+        for part in parts:
+            part.cancel()
+        raise
 
 
 def _await(done: Future[Any], deadline_s: float) -> Any:

@@ -154,6 +154,13 @@ def test_a_batch_answers_each_request_as_it_would_be_answered_alone(world: Clien
     assert not world.ranking.RankBatch(ranking_pb2.RankBatchRequest(), timeout=10.0).responses
 
 
+def test_a_batch_larger_than_the_engines_own_is_answered_completely_and_in_order(world: Client) -> None:
+    requests = [ranking_pb2.RankRequest(request_id=f"big-{i}", limit=1 + i % 5) for i in range(200)]
+    batch = world.ranking.RankBatch(ranking_pb2.RankBatchRequest(requests=requests), timeout=10.0)
+    assert [(r.request_id, len(r.streams)) for r in batch.responses] == [(f"big-{i}", 1 + i % 5) for i in range(200)]
+    assert max(r.timings.batch_rows for r in batch.responses) <= world.app.settings.serve.max_batch_rows
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
