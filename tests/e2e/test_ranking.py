@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from kernels import fence
 from server.clock import ManualClock
 from tests.app import Client, running_app, status_of
 from tests.events import T0, event, started
+from tests.triton_server import eventually
 
 LANGUAGES, CATEGORIES = ("en", "de"), ("fashion", "wine", "music")
 
@@ -290,20 +290,14 @@ def test_overload_is_refused_early_with_a_hint_when_to_retry(tmp_path: Path) -> 
         client.app.engine.call(lambda: (held.set(), release.wait(10.0)))  # the engine is busy
         assert held.wait(10.0)
         waiting = [client.ranking.Rank.future(ranking_pb2.RankRequest(), timeout=10.0) for _ in range(3)]
-        deadline = time.monotonic() + 10.0
-        refused: grpc.RpcError | None = None
-        while refused is None and time.monotonic() < deadline:
-            try:
-                waiting.append(client.ranking.Rank.future(ranking_pb2.RankRequest(), timeout=10.0))
-                client.ranking.Rank(ranking_pb2.RankRequest(), timeout=0.2)
-            except grpc.RpcError as error:
-                refused = error if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED else None
+        eventually(lambda: client.app.engine.queued_rows == 3, what="the queue is full")
+        with pytest.raises(grpc.RpcError) as refused:
+            client.rank()
         release.set()
-        assert refused is not None
-        hints = dict(refused.trailing_metadata())  # type: ignore[attr-defined]
+        assert status_of(refused.value)[0] == "RESOURCE_EXHAUSTED"
+        hints = dict(refused.value.trailing_metadata())
         assert int(hints["grpc-retry-pushback-ms"]) > 0
-        answered = [call for call in waiting if call.exception() is None]
-        assert len(answered) == 3
+        assert all(call.result().applied_offset == 0 for call in waiting), "who waits is served"
 
 
 def test_with_no_time_left_to_rank_the_popular_list_is_returned_verified_and_disclosed(
