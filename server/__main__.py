@@ -1,10 +1,11 @@
-"""`liverank`: serve · demo · replay · rank · explain · bench."""
+"""`liverank`: serve · doctor · demo · replay · rank · explain · bench."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -23,6 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     serve = commands.add_parser("serve", help="run the server until SIGTERM")
     serve.add_argument("--config", type=Path, help="settings file (TOML)")
     serve.add_argument("--ready-file", type=Path, help="written with the bound ports, as JSON, once serving")
+
+    doctor = commands.add_parser("doctor", help="check this machine and these settings; exit status 0: can serve")
+    doctor.add_argument("--config", type=Path, help="settings file (TOML)")
+    doctor.add_argument("--json", action="store_true", help="print one line of JSON last")
 
     demo = commands.add_parser("demo", help="Triton, server and a simulated platform for a minute")
     demo.add_argument("--seconds", type=float, default=60.0)
@@ -51,8 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
             client.add_argument("stream_id")
 
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
-    bench.add_argument("name", choices=["first"])
-    bench.add_argument("--streams", type=int, nargs="*", default=[1_000, 10_000, 100_000])
+    bench.add_argument("name", choices=["first", "kernels", "serve"])
+    bench.add_argument("--streams", type=int, nargs="+", help="first, serve: sizes of the table")
+    bench.add_argument("--concurrency", type=int, nargs="+", help="serve: callers at once")
+    bench.add_argument("--seconds", type=float, help="serve: length of one turn of one server")
+    bench.add_argument("--quick", action="store_true", help="kernels, serve: few runs, small table")
 
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -67,6 +75,10 @@ def _run(options: argparse.Namespace) -> int:
     """Imports only what the command needs."""
     if options.command == "serve":
         return _serve(options.config, options.ready_file)
+    if options.command == "doctor":
+        from server.doctor import run_doctor
+
+        return run_doctor(options.config, options.json)
     if options.command == "demo":
         from loadtest.demo import run_demo
 
@@ -75,37 +87,45 @@ def _run(options: argparse.Namespace) -> int:
         from loadtest.replay import run_replay
 
         return run_replay(options.file, options.speed, options.surface, options.config)
+    if options.command == "bench" and options.name == "kernels":
+        from loadtest.bench.kernels import run_kernels
+
+        return run_kernels(options.quick)
+    if options.command == "bench" and options.name == "serve":
+        from loadtest.bench.serve import plan_from, run_serve
+
+        return run_serve(plan_from(options.streams, options.concurrency, options.seconds, options.quick))
     if options.command == "bench":
         from loadtest.bench.first import run_first
 
-        return run_first(options.streams)
+        return run_first(options.streams or [1_000, 10_000, 100_000])
     from server.client import run_client
 
     return run_client(options)
 
 
 def _serve(config: Path | None, ready_file: Path | None) -> int:
+    # Blocked before any library starts a thread, then waited for: a handler runs only when the main thread
+    # happens to wake up, and a signal that the kernel hands to another thread does not wake it.
+    stops = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     from server.app import App
 
-    settings = load_settings(config)
-    stop = threading.Event()
-    faults: list[str] = []
+    faults = threading.Event()
 
     def give_up() -> None:
-        faults.append("engine")
-        stop.set()
+        faults.set()
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    app = App(settings, SystemClock(), give_up)
+    app = App(load_settings(config), SystemClock(), give_up)
     app.start()
     if ready_file is not None:
         beside = ready_file.with_suffix(".tmp")
         beside.write_text(json.dumps({"port": app.port, "metrics_port": app.metrics_port}))
         beside.rename(ready_file)  # a reader sees all of it or nothing
-    stop.wait()
+    signal.sigwait(stops)
     clean = app.drain()
-    return 0 if clean and not faults else 1
+    return 0 if clean and not faults.is_set() else 1
 
 
 if __name__ == "__main__":

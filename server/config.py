@@ -136,7 +136,7 @@ def load_settings(path: Path | None = None) -> Settings:
     if path is not None:
         try:
             values = tomllib.loads(path.read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{path}: {error}") from error
     return parse_settings(values, where=str(path or "environment"))
 

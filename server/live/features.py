@@ -180,10 +180,14 @@ class FeatureSet:
         """Reads a declaration file. Raises ConfigError naming the feature and field at fault."""
         try:
             content = tomllib.loads(path.read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{path}: {error}") from error
         declarations = content.get("feature")
-        if set(content) != {"feature"} or not isinstance(declarations, list):
+        if (
+            set(content) != {"feature"}
+            or not isinstance(declarations, list)
+            or not all(isinstance(declaration, dict) for declaration in declarations)
+        ):
             raise ConfigError(f"{path}: only [[feature]] tables are allowed, found {sorted(content)}")
         return cls(declarations, str(path))
 

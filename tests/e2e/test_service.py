@@ -86,9 +86,9 @@ def test_a_drain_answers_what_is_in_flight_and_refuses_what_comes_later(tmp_path
         draining = threading.Thread(target=lambda: drained.append(client.app.drain()))
         draining.start()
 
-        def refused() -> bool:
+        def refused() -> bool:  # until the drain has begun, a call just waits for the engine
             with pytest.raises(grpc.RpcError) as failed:
-                client.rank()
+                client.ranking.Rank(ranking_pb2.RankRequest(), timeout=0.2)
             return failed.value.code() is grpc.StatusCode.UNAVAILABLE
 
         eventually(refused, what="new calls are refused")

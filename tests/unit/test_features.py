@@ -118,8 +118,16 @@ def test_a_wrong_declaration_is_refused_naming_field_and_choices(declarations: l
     assert told in str(refused.value)
 
 
-def test_a_file_with_anything_else_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"[other]\n", b"feature = [1]\n", b"feature = 3\n"])
+def test_a_file_with_anything_else_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "features.toml"
-    path.write_text("[other]\n")
-    with pytest.raises(ConfigError, match="only \\[\\[feature\\]\\] tables"):
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"only \[\[feature\]\] tables"):
+        FeatureSet.load(path)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "features.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="utf-8"):
         FeatureSet.load(path)

@@ -1,0 +1,96 @@
+"""The declared files, and the place where the event log lies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+from server.doctor.base import Context, Finding, fail, ok, warn
+from server.doctor.eventlog import DamagedLogError, UnmergedLogError, read_last
+from server.errors import ConfigError
+
+LEAST_FREE_BYTES, WANTED_FREE_BYTES = 64 << 20, 1 << 30
+
+
+def declared(context: Context) -> Iterator[Finding]:
+    """The feature file and the rules file."""
+    from server.rules.rulebook import RuleBook
+
+    table, rank = context.settings.table, context.settings.rank
+    try:
+        features = context.features
+    except (ConfigError, UnicodeDecodeError) as error:
+        yield fail(
+            "files.features",
+            f"{table.features_file}: {error}" if isinstance(error, UnicodeDecodeError) else str(error),
+            "Correct the file, or unset table.features_file to use the shipped one.",
+        )
+        return  # rules are checked against features
+    yield ok("files.features", f"{len(features)} features, schema {features.schema} ({table.features_file})")
+    try:
+        book = RuleBook.load(rank.rules_file, features.names)
+    except ConfigError as error:
+        yield fail("files.rules", str(error), "Correct the file, or unset rank.rules_file to use the shipped one.")
+    else:
+        yield ok("files.rules", f"{len(book.rules)} rules, {len(book.surfaces)} surfaces ({rank.rules_file})")
+
+
+def log_folder(context: Context) -> Iterator[Finding]:
+    """Whether the log's folder is there, or can be made, and can be written; and the room on its disk."""
+    folder = context.settings.log.path.absolute().parent
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    mend = "Set log.path (LIVERANK_LOG__PATH) to a file in a folder that the server's user may write."
+    if not there.is_dir():
+        yield fail("files.log_folder", f"{there} is not a folder, so {folder} cannot be used", mend)
+        return
+    if not os.access(there, os.W_OK | os.X_OK):
+        yield fail("files.log_folder", f"{there} cannot be written by user {os.getuid()}", mend)
+        return
+    yield ok("files.log_folder", f"{folder}" + ("" if there == folder else f" (will be made in {there})"))
+    free = shutil.disk_usage(there).free
+    told = f"{free / (1 << 30):,.1f} GiB free at {there}"
+    mend = "Free some space there, or move log.path to a larger disk: the log only grows."
+    if free < LEAST_FREE_BYTES:
+        yield fail("files.disk", f"{told}: events would soon be refused", mend)
+    elif free < WANTED_FREE_BYTES:
+        yield warn("files.disk", told, mend)
+    else:
+        yield ok("files.disk", told)
+
+
+def log_file(context: Context) -> Iterator[Finding]:
+    """The event log, if there is one: readable, writable, its last record as it was written."""
+    path = context.settings.log.path
+    if not os.path.lexists(path) or not path.parent.is_dir():
+        yield ok("files.log", f"{path}: none yet; the first start makes it")
+        return
+    try:
+        last = read_last(path)
+    except DamagedLogError as error:
+        yield fail(
+            "files.log",
+            str(error),
+            f"Restore {path} (with its -wal and -shm files) from a backup; or move them aside to start with an "
+            "empty table, which forgets every acknowledged event.",
+        )
+    except UnmergedLogError as error:
+        yield warn(
+            "files.log",
+            f"{error}: its last record was not examined",
+            "If the files were restored, check that they are of one backup. The next start merges them.",
+        )
+    except OSError as error:
+        yield fail(
+            "files.log",
+            f"{path} cannot be read: {error.strerror}",
+            "Set log.path (LIVERANK_LOG__PATH) to a file, and let the server's user read and write it.",
+        )
+    else:
+        if not os.access(path, os.W_OK):
+            yield fail(
+                "files.log", f"{path} cannot be written by user {os.getuid()}", f"chown or chmod {path} and its folder."
+            )
+        else:
+            told = f"last of {last.offset:,} records intact" if last.offset else "no records yet"
+            yield ok("files.log", f"{path}: {told}")

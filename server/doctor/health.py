@@ -1,0 +1,27 @@
+"""Asks the gRPC health service on a port whether it is a liverank, and how it is."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+SERVICE = "liverank.v1.Ranking"
+TIMEOUT_S = 2.0
+
+
+def ask_health(host: str, port: int) -> str | None:
+    """The status that liverank's own service has there, such as "SERVING"; None when no liverank answers."""
+    with grpc.insecure_channel(f"{reachable(host)}:{port}") as channel:
+        try:
+            # Only a liverank knows this service; another health server answers NOT_FOUND.
+            reply = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=SERVICE), timeout=TIMEOUT_S
+            )
+        except grpc.RpcError:
+            return None
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+
+
+def reachable(host: str) -> str:
+    """Where a server that listens on ``host`` can be called from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}.get(host, host)
