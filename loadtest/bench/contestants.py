@@ -1,0 +1,133 @@
+"""The servers that `bench serve` compares, started alike, filled alike, and only one of them running at a time."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from loadtest.bench.catalogue import DIM, Catalogue, make_catalogue
+from loadtest.bench.child import start_child
+from loadtest.bench.fill import fill, wait_until_scored
+from loadtest.bench.load import Ask
+from loadtest.processes import Server, cpu_seconds, start_server
+
+OURS, CONSTANT, TEXTBOOK, TEXTBOOK_MMR = "ours", "constant", "textbook", "textbook_mmr"
+OLDEST_MS = 7_200_000
+"""Starts are spread over two hours: if every stream were fresh, each tick of ours would do the work of a mass start."""
+OUR_DIVERSITY = 0.15
+"""`diversity` of surface.default, given to the textbook server with MMR."""
+CALL_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A running server. ``rank`` and ``rank_batch`` take and return serialised messages."""
+
+    name: str
+    server: Server
+    rank: Ask
+    rank_batch: Ask
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time its process has used, seconds."""
+        return cpu_seconds(self.server.process.pid)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Its process runs inside, and is stopped outside.
+
+        Ours works between requests too (ticks, scoring); on shared cores that would slow the others down.
+        """
+        self.server.process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.server.process.send_signal(signal.SIGSTOP)
+
+
+def our_settings(streams: int) -> dict[str, dict[str, object]]:
+    """Defaults, but for room, the model in process, and starts in the past."""
+    return {
+        "table": {
+            "capacity": streams + 1_000,
+            "embedding_dim": DIM,
+            "lease_ms": 5 * OLDEST_MS,
+            "max_lateness_ms": 2 * OLDEST_MS,
+            "tombstone_ms": 3 * OLDEST_MS,
+        },
+        "scoring": {"mode": "local"},
+    }
+
+
+@contextmanager
+def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str, Contestant]]:
+    """Ours, the constant reply, and the textbook server without and with MMR; all stopped in the end.
+
+    Args:
+        sample: a serialised RankRequest; our reply to it is the constant one.
+    """
+    catalogue = make_catalogue(streams, OLDEST_MS)
+    with ExitStack() as stack:
+        ours = stack.enter_context(_running(OURS, start_server(folder / OURS, our_settings(streams))))
+        reply = _fill_and_ask(ours.server.address, catalogue, sample)
+        reply_file = folder / "reply"
+        reply_file.write_bytes(reply)
+        started = {OURS: ours}
+        n = ("--streams", str(streams))
+        for name, module, arguments in (
+            (CONSTANT, "loadtest.bench.constant", ("--reply-file", str(reply_file))),
+            (TEXTBOOK, "loadtest.bench.textbook", n),
+            (TEXTBOOK_MMR, "loadtest.bench.textbook", (*n, "--diversity", str(OUR_DIVERSITY))),
+        ):
+            started[name] = stack.enter_context(_running(name, start_child(folder / name, module, *arguments)))
+        for contestant in started.values():
+            contestant.server.process.send_signal(signal.SIGSTOP)
+        yield started
+
+
+def _fill_and_ask(address: str, catalogue: Catalogue, sample: bytes) -> bytes:
+    with grpc.insecure_channel(address) as channel:
+        fill(channel, catalogue)
+        wait_until_scored(channel)
+        reply: bytes = channel.unary_unary("/liverank.v1.Ranking/Rank")(sample, timeout=CALL_TIMEOUT_S)
+        return reply
+
+
+@contextmanager
+def _running(name: str, server: Server) -> Iterator[Contestant]:
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            rank = channel.unary_unary("/liverank.v1.Ranking/Rank")  # bytes in, bytes out
+            rank_batch = channel.unary_unary("/liverank.v1.Ranking/RankBatch")
+            yield Contestant(
+                name,
+                server,
+                lambda request: rank(request, timeout=CALL_TIMEOUT_S),
+                lambda request: rank_batch(request, timeout=CALL_TIMEOUT_S),
+            )
+    finally:
+        _stop(server.process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Wakes a sleeping process and ends it with SIGTERM, or kills it.
+
+    SIGTERM is sent more than once: a thread that has just been continued takes no further signal at first, so
+    the kernel may hand it to another one; Python then runs the handler only when its main thread next wakes,
+    which is never while that waits for the handler.
+    """
+    process.send_signal(signal.SIGCONT)
+    for _ in range(10):
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
+            return
+    process.kill()
+    process.wait()

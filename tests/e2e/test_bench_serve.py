@@ -1,0 +1,105 @@
+"""`liverank bench serve` as a user runs it, on a tiny grid, and the servers that it compares."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from liverank.v1 import ranking_pb2
+
+from loadtest.bench.catalogue import LANGUAGES, as_bytes, rank_requests
+from loadtest.bench.contestants import CONSTANT, OURS, TEXTBOOK, TEXTBOOK_MMR, Contestant, contestants
+from loadtest.bench.serve import DEFAULT, QUICK, plan_from
+from loadtest.bench.textbook import Textbook
+from server.__main__ import main
+
+STREAMS = 300
+
+
+def children() -> set[int]:
+    """Process ids of this process's children."""
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(pid) for task in tasks for pid in task.read_text().split()}
+
+
+def test_the_quick_form_prints_tables_then_one_line_of_json_and_leaves_no_process(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = children()
+    grid = ["--streams", str(STREAMS), "--concurrency", "1", "4", "--seconds", "0.1"]
+    assert main(["bench", "serve", "--quick", *grid]) == 0
+    assert children() <= before
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    positive = (
+        "rps", "cpu_ms_per_reply", "p50_ms", "p99_ms", "ceiling_rps", "ceiling_cpu_ratio", "textbook_rps",
+        "textbook_cpu_ms_per_reply", "speedup", "batch_speedup",
+    )  # fmt: skip
+    assert all(said[key] > 0 for key in positive)
+    assert (said["streams"], said["concurrency"], said["errors"]) == (STREAMS, 4, 0)
+    assert [(row["streams"], row["concurrency"]) for row in said["rows"]] == [(STREAMS, 1), (STREAMS, 4)]
+    assert [row["server"] for row in said["open_loop"]] == [OURS, TEXTBOOK, OURS]
+    assert said["commit"] and said["machine"] and said["client"] and said["floor"]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Contestant]]:
+    with contestants(tmp_path_factory.mktemp("bench"), STREAMS, as_bytes(rank_requests(2))[1]) as running:
+        yield running
+    assert all(c.server.process.poll() == 0 for c in running.values()), "stopped in order, though they were asleep"
+
+
+def ask(contestant: Contestant, request: bytes) -> bytes:
+    with contestant.awake():
+        reply = contestant.rank(request)
+    assert isinstance(reply, bytes)
+    return reply
+
+
+def test_all_servers_answer_valid_replies_of_the_same_size(servers: dict[str, Contestant]) -> None:
+    requests = rank_requests(3)
+    replies = {name: ask(contestant, as_bytes(requests)[2]) for name, contestant in servers.items()}
+    assert set(replies) == {OURS, CONSTANT, TEXTBOOK, TEXTBOOK_MMR}
+    for name, payload in replies.items():
+        reply = ranking_pb2.RankResponse.FromString(payload)
+        ids = [s.stream_id for s in reply.streams]
+        assert len(ids) == len(set(ids)) == 50, name
+        assert all(s.verify_by_ms > reply.as_of_ms > 0 and np.isfinite(s.score) for s in reply.streams), name
+        assert list(reply.source_names), name
+        # Generated classes leave out fields that are zero, such as exploration; ours writes all of them.
+        assert len(payload) == pytest.approx(len(replies[OURS]), rel=0.005 if name == CONSTANT else 0.11), name
+        if name != CONSTANT:
+            assert reply.request_id == requests[2].request_id
+
+
+def test_both_rankers_obey_a_filter(servers: dict[str, Contestant]) -> None:
+    request = rank_requests(1)[0]
+    wanted = LANGUAGES.index(request.languages[0])
+    for name in (OURS, TEXTBOOK, TEXTBOOK_MMR):
+        reply = ranking_pb2.RankResponse.FromString(ask(servers[name], request.SerializeToString()))
+        numbers = [int(s.stream_id.removeprefix("stream-")) for s in reply.streams]
+        assert len(numbers) == 50 and {n % len(LANGUAGES) for n in numbers} == {wanted}, name
+
+
+@pytest.mark.parametrize("diversity", [0.0, 0.15])
+def test_the_textbook_server_orders_by_utility_and_caps_creators(diversity: float) -> None:
+    textbook = Textbook(STREAMS, diversity)
+    textbook._creator = np.arange(STREAMS, dtype=np.int32) // 6  # 50 creators of 6
+    request = rank_requests(2)[1]
+    reply = asyncio.run(textbook.Rank(request, None))  # type: ignore[arg-type]
+    numbers = np.array([int(s.stream_id.removeprefix("stream-")) for s in reply.streams])
+    assert len(numbers) == 50 and np.bincount(numbers // 6).max() == 2
+    scores = [s.score for s in reply.streams]
+    assert scores[0] == max(scores)
+    assert (sorted(scores, reverse=True) == scores) == (diversity == 0.0)
+
+
+def test_what_is_not_given_on_the_command_line_is_as_planned() -> None:
+    assert plan_from(None, None, None, quick=False) == DEFAULT
+    assert plan_from(None, None, None, quick=True) == QUICK
+    assert DEFAULT.headline == (10_000, 64)
+    assert plan_from([500], [2, 8], 0.5, quick=True).headline == (500, 8)
