@@ -24,6 +24,15 @@ class BlendWeights(NamedTuple):
     boost: NDArray[np.float32]
 
 
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _dot(a: NDArray[np.float32], b: NDArray[np.float32]) -> np.float32:
+    """Inner product; terms may be added in any order (hence in vectors), NaN and infinity as ever."""
+    total = np.float32(0.0)
+    for d in range(a.shape[0]):
+        total += a[d] * b[d]
+    return total
+
+
 @njit(cache=True, nogil=True)
 def _blend(
     slots: NDArray[np.int32],
@@ -56,9 +65,7 @@ def _blend(
             u = weights.trend[b] * (weights.cold_start[b] if np.isnan(t) else t)
             u += weights.boost[b] * boost[s]
             if personal:
-                dot = np.float32(0.0)
-                for d in range(queries.shape[1]):
-                    dot += queries[b, d] * embeddings[s, d]
+                dot = _dot(queries[b], embeddings[s])
                 similarity[b, i] = dot
                 if dot > 0.0 or np.isnan(dot):
                     u += weights.similarity[b] * dot

@@ -31,6 +31,12 @@ class Recorder:
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
+        # Looked up once: `labels` costs more than the increment, and this runs per batch.
+        self._stages = {
+            stage: metrics.stage_seconds.labels(stage) for stage in ("queue", "retrieve", "blend", "select", "verify")
+        }
+        self._served_by = [metrics.source_served.labels(source.name) for source in SOURCES]
+        self._proposed_by = [metrics.source_candidates.labels(source.name) for source in SOURCES]
         self.events_applied = 0
         self.events_rejected = 0
 
@@ -90,23 +96,23 @@ class Recorder:
     def ranked(self, slates: SlateBatch, level: str, started_s: float) -> None:
         """One batch was ranked and encoded."""
         m, times = self.metrics, slates.times
-        for stage in ("retrieve_us", "blend_us", "select_us", "verify_us"):
-            m.stage_seconds.labels(stage.removesuffix("_us")).observe(getattr(times, stage) / 1e6)
+        for stage in ("retrieve", "blend", "select", "verify"):
+            self._stages[stage].observe(getattr(times, f"{stage}_us") / 1e6)
         now_s = time.monotonic()
         for query in slates.batch.requests:
             m.rank_seconds.observe(now_s - query.received_s)
-            m.stage_seconds.labels("queue").observe(max(0.0, started_s - query.received_s))
+            self._stages["queue"].observe(max(0.0, started_s - query.received_s))
         m.batch_rows.observe(len(slates.batch))
         m.rank_requests.labels("ok", level).inc(len(slates.batch))
         shown = slates.slots >= 0
         m.served.inc(int(np.count_nonzero(shown)))
         m.exploration_served.inc(int(np.count_nonzero(shown & (slates.exploration > 0))))
-        for i, source in enumerate(SOURCES):
-            bit = np.uint32(1 << i)
-            m.source_served.labels(source.name).inc(int(np.count_nonzero(shown & ((slates.sources & bit) != 0))))
-            if slates.candidates is not None:
-                proposed = np.count_nonzero(slates.candidates.sources & bit)
-                m.source_candidates.labels(source.name).inc(int(proposed))
+        served = _count_bits(slates.sources[shown])
+        for count, child in zip(served, self._served_by, strict=True):
+            child.inc(int(count))
+        if slates.candidates is not None:
+            for count, child in zip(_count_bits(slates.candidates.sources.ravel()), self._proposed_by, strict=True):
+                child.inc(int(count))
         self._drops(slates)
 
     def _drops(self, slates: SlateBatch) -> None:
@@ -154,3 +160,10 @@ class Recorder:
         self.metrics.degradation_level.set(level)
         self.metrics.score_age_seconds.set(score_age_ms / 1000)
         self.metrics.applied_offset.set(applied_offset)
+
+
+def _count_bits(sources: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """How many of ``sources`` uint32[n] have each source's bit, int64[S]: one histogram of bit patterns."""
+    patterns = np.bincount(sources, minlength=1 << len(SOURCES))
+    every = np.arange(len(patterns))
+    return np.array([patterns[(every >> bit) & 1 == 1].sum() for bit in range(len(SOURCES))], np.int64)

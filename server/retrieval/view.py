@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.verify import FilterColumns, check_rows
+from kernels.verify import FilterColumns, eligible_rows
 from server.config import RetrievalSettings
 from server.live.table import LiveTable
 from server.retrieval.query import FilterKey
@@ -95,6 +95,4 @@ class Snapshot:
 
     def eligible(self, filters: FilterColumns, v: int) -> NDArray[np.bool_]:
         """bool[rows] for row ``v`` of ``filters``: the predicate of the last check, as of this tick."""
-        every = np.arange(self.rows, dtype=np.int32)
-        book = self.streams.book
-        return check_rows(self.streams.row_columns(), every, filters, v, book.exclude_bits, self.now_ms) == 0
+        return eligible_rows(self.streams.row_columns(), self.showable, filters, v)

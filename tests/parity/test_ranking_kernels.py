@@ -10,7 +10,15 @@ import pytest
 from kernels.blend import BlendWeights, blend, blend_reference
 from kernels.groups import first_per_group, first_per_group_reference
 from kernels.merge import merge_candidates, merge_candidates_reference
-from kernels.verify import Drop, FilterColumns, RowColumns, check_rows, verify_picks, verify_picks_reference
+from kernels.verify import (
+    Drop,
+    FilterColumns,
+    RowColumns,
+    check_rows,
+    eligible_rows,
+    verify_picks,
+    verify_picks_reference,
+)
 
 NOW = 1_000_000
 
@@ -135,6 +143,19 @@ def test_retrieval_and_the_last_check_use_one_predicate() -> None:
         assert np.array_equal(eligible, drops[0] == Drop.KEPT)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_masks_of_the_search_are_the_predicate_of_the_last_check(seed: int) -> None:
+    rows = random_rows(np.random.default_rng(seed), 300)
+    bits = (rows.rule_bits & np.uint32(0b101)) == 0
+    showable = ((rows.state == 1) & (rows.lease_expires_ms > NOW) & bits)[:250]
+    found = 0
+    for v in range(3):
+        expected = check_rows(rows, np.arange(250, dtype=np.int32), FILTERS, v, 0b101, NOW) == Drop.KEPT
+        assert np.array_equal(eligible_rows(rows, showable, FILTERS, v), expected)
+        found += int(expected.sum())
+    assert 0 < found < 3 * 250, "a case that tells nothing"
+
+
 def test_a_name_interned_after_the_filter_was_built_does_not_match_it() -> None:
     rows = random_rows(np.random.default_rng(2), 1)._replace(
         state=np.ones(1, np.uint8), lease_expires_ms=np.array([NOW + 1]), rule_bits=np.zeros(1, np.uint32),
@@ -143,6 +164,7 @@ def test_a_name_interned_after_the_filter_was_built_does_not_match_it() -> None:
     one = np.zeros(1, np.int32)
     assert check_rows(rows, one, FILTERS, 0, 0, NOW)[0] == Drop.KEPT
     assert check_rows(rows, one, FILTERS, 1, 0, NOW)[0] == Drop.LANGUAGE
+    assert not eligible_rows(rows, np.ones(1, bool), FILTERS, 1)[0]
 
 
 def test_a_missing_pick_inside_the_slate_is_refused() -> None:
