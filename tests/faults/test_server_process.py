@@ -71,8 +71,10 @@ def test_sigterm_finishes_what_is_in_flight_turns_readiness_off_and_exits_with_z
         server.process.send_signal(signal.SIGTERM)
         statuses = [update.status for update in _until_closed(health)]
         assert statuses[:1] in ([], [health_pb2.HealthCheckResponse.NOT_SERVING])
-        if in_flight.exception() is not None:  # it had not reached the server yet: refused, not cut off
-            assert in_flight.exception().code() is grpc.StatusCode.UNAVAILABLE
+        if in_flight.exception() is not None:
+            # It had not been taken up yet: refused by us, or dropped by gRPC's core as it closed the port.
+            # That a call which was taken up is answered is proven in tests/e2e/test_service.py.
+            assert in_flight.exception().code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         else:
             assert len(in_flight.result().responses) == 1_000
         with pytest.raises(grpc.RpcError) as ended:
