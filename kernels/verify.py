@@ -26,9 +26,6 @@ class Drop(IntEnum):
     NOT_NEEDED = 8  # reserve that no gap called for
 
 
-N_DROPS = len(Drop)
-
-
 class FilterColumns(NamedTuple):
     """V filters as columns. languages bool[V, L] and categories bool[V, G] say which interned numbers
     pass (numbers beyond L or G were interned later: they pass only where ``any_*`` is set)."""

@@ -355,7 +355,7 @@ class Engine:
         if result.scores is None or result.order is None:
             return
         slots = result.slots
-        same = (self.streams.session[slots] == result.generations) & np.isfinite(result.scores)
+        same = (self.streams.session[slots] == result.sessions) & np.isfinite(result.scores)
         self.streams.trend[slots[same]] = result.scores[same]
         self.pipeline.snapshot.trend_order = result.order
         self.pipeline.snapshot.views.clear()

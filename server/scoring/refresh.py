@@ -48,12 +48,13 @@ T = TypeVar("T")
 class RefreshJob:
     """Rows to score. The job owns its arrays: nobody changes them after ``submit``.
 
-    slots int32[n], generations uint32[n], features float32[n, F], ids 'S64'[n] or None (ties go by slot),
+    slots int32[n], sessions uint32[n] (which session each row held; handed back as it is),
+    features float32[n, F], ids 'S64'[n] or None (ties go by slot),
     as_of_ms: engine time of the features.
     """
 
     slots: NDArray[np.int32]
-    generations: NDArray[np.uint32]
+    sessions: NDArray[np.uint32]
     features: NDArray[np.float32]
     ids: NDArray[np.bytes_] | None
     as_of_ms: int
@@ -63,7 +64,7 @@ class RefreshJob:
 class RefreshResult:
     """What the engine takes over.
 
-    slots int32[n], generations uint32[n]: as in the job.
+    slots int32[n], sessions uint32[n]: as in the job.
     scores: float32[n] in [0, 1], or None: keep every last good score. A row that is NaN has no new score:
         keep that row's last good one. Rows that never had a score stay without one.
     order: int32[n], the slots by new score descending, rows without a new score last, ties by id ascending;
@@ -76,7 +77,7 @@ class RefreshResult:
     """
 
     slots: NDArray[np.int32]
-    generations: NDArray[np.uint32]
+    sessions: NDArray[np.uint32]
     scores: NDArray[np.float32] | None
     order: NDArray[np.int32] | None
     level: Level
@@ -181,7 +182,7 @@ class Refresher:
             scores = trend_formula(job.features, self._feature_names)
         order = None if scores is None else rank_rows(scores, job.slots, job.ids)
         return RefreshResult(
-            job.slots, job.generations, scores, order, assessment.level, assessment.reasons, version,
+            job.slots, job.sessions, scores, order, assessment.level, assessment.reasons, version,
             as_of_ms, rows_bad,
         )  # fmt: skip
 
@@ -255,7 +256,7 @@ class Refresher:
         self.level = Level.LAST_GOOD
         as_of_ms = job.as_of_ms if self._last_good_ms is None else self._last_good_ms
         return RefreshResult(
-            job.slots, job.generations, None, None, Level.LAST_GOOD, (reason,), self._ladder.model_version,
+            job.slots, job.sessions, None, None, Level.LAST_GOOD, (reason,), self._ladder.model_version,
             as_of_ms, 0,
         )  # fmt: skip
 

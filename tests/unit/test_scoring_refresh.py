@@ -84,7 +84,7 @@ def test_scores_come_back_in_row_order_with_slots_by_score() -> None:
     np.testing.assert_allclose(result.scores, [0.1, 0.9, 0.5, 0.9])
     assert result.order.tolist() == [11, 13, 12, 10]
     assert (result.level, result.reasons, result.model_version, result.as_of_ms) == (0, (), "m/1", 100)
-    assert result.generations.tolist() == [7, 7, 7, 7]
+    assert result.sessions.tolist() == [7, 7, 7, 7]
 
 
 def test_large_jobs_are_chunked_and_every_chunk_gets_the_time_that_is_left() -> None:
