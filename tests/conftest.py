@@ -6,6 +6,12 @@ import os
 
 import pytest
 
+from kernels.backend import visible_gpu
+
+if visible_gpu() is None:
+    # Before any module with a Triton kernel is imported: it decides at definition who runs the kernel.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_settings_from_the_environment() -> None:
