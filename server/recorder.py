@@ -16,7 +16,7 @@ from server.live.events import KIND_NAMES, EventColumns, Rejection
 from server.live.features import FeatureSet, State
 from server.live.table import Applied, End, Expired, LiveTable
 from server.log.commit import Committed
-from server.ranking.slates import SlateBatch
+from server.ranking.slates import SlateBatch, Tally
 from server.retrieval.sources import SOURCES
 from server.retrieval.streams import StreamState
 from server.rules.bits import count_by_first_rule
@@ -104,30 +104,24 @@ class Recorder:
             self._stages["queue"].observe(max(0.0, started_s - query.received_s))
         m.batch_rows.observe(len(slates.batch))
         m.rank_requests.labels("ok", level).inc(len(slates.batch))
-        shown = slates.slots >= 0
-        m.served.inc(int(np.count_nonzero(shown)))
-        m.exploration_served.inc(int(np.count_nonzero(shown & (slates.exploration > 0))))
-        served = _count_bits(slates.sources[shown])
-        for count, child in zip(served, self._served_by, strict=True):
-            child.inc(int(count))
-        if slates.candidates is not None:
-            for count, child in zip(_count_bits(slates.candidates.sources.ravel()), self._proposed_by, strict=True):
+        tally = slates.tally
+        m.served.inc(tally.shown)
+        m.exploration_served.inc(tally.explored)
+        for counts, children in ((tally.served, self._served_by), (tally.proposed, self._proposed_by)):
+            for count, child in zip(counts, children, strict=True):
                 child.inc(int(count))
-        self._drops(slates)
+        self._drops(tally)
 
-    def _drops(self, slates: SlateBatch) -> None:
+    def _drops(self, tally: Tally) -> None:
         drops = self.metrics.slate_drops
-        checked = np.bincount(slates.drops[slates.picks >= 0], minlength=len(Drop))
         for drop in Drop:
-            if drop not in (Drop.KEPT, Drop.NOT_NEEDED) and checked[drop]:
-                drops.labels("verify", drop.name.lower()).inc(int(checked[drop]))
-        if slates.candidates is not None and slates.selected is not None:
-            if excluded := int(slates.candidates.excluded.sum()):
-                drops.labels("merge", "excluded").inc(excluded)
-            outcomes = np.bincount(slates.selected.outcome.ravel(), minlength=len(Outcome))
-            for outcome in (Outcome.CREATOR_CAP, Outcome.CATEGORY_CAP, Outcome.BELOW_LIMIT):
-                if outcomes[outcome]:
-                    drops.labels("select", outcome.name.lower()).inc(int(outcomes[outcome]))
+            if drop not in (Drop.KEPT, Drop.NOT_NEEDED) and tally.drops[drop]:
+                drops.labels("verify", drop.name.lower()).inc(int(tally.drops[drop]))
+        if tally.excluded:
+            drops.labels("merge", "excluded").inc(tally.excluded)
+        for outcome in (Outcome.CREATOR_CAP, Outcome.CATEGORY_CAP, Outcome.BELOW_LIMIT):
+            if tally.outcomes[outcome]:
+                drops.labels("select", outcome.name.lower()).inc(int(tally.outcomes[outcome]))
 
     def refused(self, method: str, code: str) -> None:
         """A call was answered with an error status. Any thread."""
@@ -160,10 +154,3 @@ class Recorder:
         self.metrics.degradation_level.set(level)
         self.metrics.score_age_seconds.set(score_age_ms / 1000)
         self.metrics.applied_offset.set(applied_offset)
-
-
-def _count_bits(sources: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """How many of ``sources`` uint32[n] have each source's bit, int64[S]: one histogram of bit patterns."""
-    patterns = np.bincount(sources, minlength=1 << len(SOURCES))
-    every = np.arange(len(patterns))
-    return np.array([patterns[(every >> bit) & 1 == 1].sum() for bit in range(len(SOURCES))], np.int64)

@@ -15,6 +15,7 @@ from server.clock import Clock
 from server.config import Settings
 from server.live.table import LiveTable
 from server.ranking.slates import Candidates, SlateBatch, StageTimes
+from server.ranking.tally import tally_of
 from server.retrieval.base import SearchEngine
 from server.retrieval.query import FilterKey, QueryBatch
 from server.retrieval.sources import SOURCES, Batch, bit_of
@@ -69,17 +70,20 @@ class Pipeline:
         viewers = self._table.columns.viewers[np.maximum(shown, 0)]
         clock.stage("verify_us")
         width = max(1, int(counts.max(initial=0)))
+        slots = np.ascontiguousarray(np.where(kept >= 0, shown, -1)[:, :width])
+        sources, exploration = np.zeros((b, width), np.uint32), np.zeros((b, width), np.float32)
         return SlateBatch(
             batch=batch,
-            slots=np.ascontiguousarray(np.where(kept >= 0, shown, -1)[:, :width]),
+            slots=slots,
             counts=counts,
             scores=np.ascontiguousarray(viewers[:, :width]),
-            sources=np.zeros((b, width), np.uint32),
-            exploration=np.zeros((b, width), np.float32),
+            sources=sources,
+            exploration=exploration,
             as_of_ms=now_ms,
             times=clock.times(),
             picks=picks,
             drops=drops,
+            tally=tally_of(slots, sources, exploration, picks, drops),
             popular=True,
         )
 
@@ -171,18 +175,21 @@ class Pipeline:
         column = np.maximum(kept, 0)
         candidate = np.take_along_axis(at, column, axis=1)
         slots = np.where(shown, np.take_along_axis(picks, column, axis=1), -1)
+        sources = np.take_along_axis(candidates.sources, candidate, axis=1)
+        exploration = np.take_along_axis(selected.exploration, column, axis=1)
         clock.stage("verify_us")
         return SlateBatch(
             batch=batch,
             slots=slots,
             counts=counts,
             scores=np.take_along_axis(candidates.utility, candidate, axis=1),
-            sources=np.take_along_axis(candidates.sources, candidate, axis=1),
-            exploration=np.take_along_axis(selected.exploration, column, axis=1),
+            sources=sources,
+            exploration=exploration,
             as_of_ms=now_ms,
             times=clock.times(),
             picks=picks,
             drops=drops,
+            tally=tally_of(slots, sources, exploration, picks, drops, candidates, selected),
             candidates=candidates,
             selected=selected,
         )

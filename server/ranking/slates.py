@@ -39,6 +39,24 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """What a batch did, summed for the metrics.
+
+    proposed, served: int64[S], candidates and shown streams per source. excluded: candidates the requests
+    exclude. outcomes int64[7] by `Outcome`, drops int64[9] by `Drop`. shown, explored: streams in the slates,
+    and how many of them were drawn by chance.
+    """
+
+    proposed: NDArray[np.int64]
+    served: NDArray[np.int64]
+    excluded: int
+    outcomes: NDArray[np.int64]
+    drops: NDArray[np.int64]
+    shown: int
+    explored: int
+
+
+@dataclass(frozen=True)
 class SlateBatch:
     """Verified slates of B requests.
 
@@ -57,6 +75,7 @@ class SlateBatch:
     times: StageTimes
     picks: NDArray[np.int32]
     drops: NDArray[np.uint8]
+    tally: Tally
     candidates: Candidates | None = None
     selected: Slates | None = None
     popular: bool = False
