@@ -25,7 +25,6 @@ _REGISTERS = tl.constexpr(SKETCH_REGISTERS)
 _REGISTER_BITS = tl.constexpr(SKETCH_REGISTERS.bit_length() - 1)
 _REST = tl.constexpr((1 << (64 - (SKETCH_REGISTERS.bit_length() - 1))) - 1)
 _MAX_RANK = tl.constexpr(51)  # kernels.counters.observe gives up after 50 zeros
-_STRIP = tl.constexpr(16)  # registers of a row looked at together
 _SCALE = tl.constexpr((0.7213 / (1.0 + 1.079 / SKETCH_REGISTERS)) * SKETCH_REGISTERS**2 * 2.0**51)
 _FEW = tl.constexpr(2.5 * SKETCH_REGISTERS)
 
@@ -229,19 +228,19 @@ def observe(
 
 
 @triton.jit
-def distinct_of_rows(registers_ptr, row, inside, BLOCK: tl.constexpr):
-    """HyperLogLog estimate float32[BLOCK] of each row; also used by the features.
+def distinct_of_rows(registers_ptr, row, inside, BLOCK: tl.constexpr, STRIP: tl.constexpr):
+    """HyperLogLog estimate float32[BLOCK] of each row, looking at STRIP registers at once; also for the features.
 
     The harmonic sum is one of integers (a rank is at most 51), hence exact in any order.
     """
     total = tl.zeros((BLOCK,), tl.int64)
     zeros = tl.zeros((BLOCK,), tl.int32)
-    strip = tl.arange(0, _STRIP)[None, :]
-    for start in range(0, _REGISTERS, _STRIP):
+    strip = tl.arange(0, STRIP)[None, :]
+    for start in range(0, _REGISTERS, STRIP):
         at = row.to(tl.int64)[:, None] * _REGISTERS + (start + strip)
         rank = tl.load(registers_ptr + at, mask=inside[:, None] & (strip >= 0), other=0).to(tl.int32)
         zeros += tl.sum((rank == 0).to(tl.int32), axis=1)
-        one = tl.full((BLOCK, _STRIP), 1, tl.int64)
+        one = tl.full((BLOCK, STRIP), 1, tl.int64)
         places = tl.maximum(rank * -1 + _MAX_RANK, 0)  # tensor first: the interpreter wants it so
         total += tl.sum(one << places.to(tl.int64), axis=1)
     wide = tl.zeros((BLOCK,), tl.float64)
@@ -252,9 +251,12 @@ def distinct_of_rows(registers_ptr, row, inside, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _estimate(registers_ptr, out_ptr, rows, BLOCK: tl.constexpr):
+def _estimate(registers_ptr, out_ptr, rows, BLOCK: tl.constexpr, STRIP: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + row, distinct_of_rows(registers_ptr, row, row < rows, BLOCK), mask=row < rows)
+    tl.store(out_ptr + row, distinct_of_rows(registers_ptr, row, row < rows, BLOCK, STRIP), mask=row < rows)
+
+
+_ESTIMATE = {"BLOCK": _BLOCK, "STRIP": 16}  # 8 warps: with 4, the 64-bit strip takes 128 registers per thread
 
 
 def estimate_distinct(registers: torch.Tensor, *, out: torch.Tensor) -> None:
@@ -271,7 +273,7 @@ def estimate_distinct(registers: torch.Tensor, *, out: torch.Tensor) -> None:
     rows = registers.shape[0]
     require_tensor("out", out, torch.float32, (rows,), registers.device)
     if rows:
-        _estimate[(triton.cdiv(rows, _BLOCK),)](registers, out, rows, BLOCK=_BLOCK)
+        _estimate[(triton.cdiv(rows, _BLOCK),)](registers, out, rows, **_ESTIMATE, num_warps=8)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -379,7 +381,7 @@ AOT = [
     Compiled(_observe, "*i32 *i64 *fp32 *i64 *u8 *i64 *i64 *i32 *i32 i32", {"BLOCK": _BLOCK}),
     Compiled(_claim_gauge, "*i32 *i64 *fp32 *i64 *i32 i32", {"BLOCK": _BLOCK}),
     Compiled(_set_gauge, "*i32 *fp32 *fp32 *i32 i32", {"BLOCK": _BLOCK}),
-    Compiled(_estimate, "*u8 *fp32 i32", {"BLOCK": _BLOCK}),
+    Compiled(_estimate, "*u8 *fp32 i32", _ESTIMATE, num_warps=8),
     Compiled(_rescale, "*fp32 i32 i32 i32 i32", {"BLOCK": _WIDE}),
     Compiled(_clear, "*i32 *i64 *fp32 *i64 *fp32 *i32 *i32 i32", _CLEAR),
 ]
