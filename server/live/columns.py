@@ -49,9 +49,13 @@ class Columns:
     chatter_registers: NDArray[np.uint8]  # [C, 128]
 
     @classmethod
-    def allocate(cls, capacity: int, embedding: NDArray[np.float32]) -> Columns:
-        """Zeroed columns of ``capacity`` rows around the engine's embedding matrix float32[C, D]."""
-        c = capacity
+    def allocate(cls, capacity: int, embedding: NDArray[np.float32], with_sessions: bool = True) -> Columns:
+        """Zeroed columns of ``capacity`` rows around the engine's embedding matrix float32[C, D].
+
+        with_sessions: False gives what happened in the sessions no rows: a GPU keeps it. Who reads it on the
+            host all the same must fail, not find zeros.
+        """
+        c, s = capacity, capacity if with_sessions else 0
         return cls(
             ids=np.zeros((c, ID_BYTES), np.uint8),
             id_lengths=np.zeros(c, np.uint8),
@@ -69,12 +73,12 @@ class Columns:
             started_ms=np.zeros(c, np.int64),
             ended_ms=np.zeros(c, np.int64),
             moderation=np.zeros(c, np.uint8),
-            last_event_ms=np.zeros(c, np.int64),
-            viewers=np.zeros(c, np.float32),
-            viewers_ms=np.zeros(c, np.int64),
-            counters=np.zeros((c, N_COUNTERS, len(HALF_LIVES_MS)), np.float32),
-            viewer_registers=np.zeros((c, SKETCH_REGISTERS), np.uint8),
-            chatter_registers=np.zeros((c, SKETCH_REGISTERS), np.uint8),
+            last_event_ms=np.zeros(s, np.int64),
+            viewers=np.zeros(s, np.float32),
+            viewers_ms=np.zeros(s, np.int64),
+            counters=np.zeros((s, N_COUNTERS, len(HALF_LIVES_MS)), np.float32),
+            viewer_registers=np.zeros((s, SKETCH_REGISTERS), np.uint8),
+            chatter_registers=np.zeros((s, SKETCH_REGISTERS), np.uint8),
         )
 
     def liveness(self) -> LivenessColumns:
@@ -84,14 +88,17 @@ class Columns:
             self.started_ms, self.ended_ms, self.moderation,
         )  # fmt: skip
 
-    def clear_session(self, slots: NDArray[np.int32]) -> None:
+    def clear_sessions(self, slots: NDArray[np.int32]) -> None:
         """Forgets what happened in the rows' sessions; int32[n]."""
         for name in _SESSION:
             getattr(self, name)[slots] = 0
 
     def clear_row(self, slot: int) -> None:
-        """Zeroes everything but the generation, so that a free row is the same whatever it held."""
-        for name in _ALL:
+        """Zeroes identity and liveness but not the generation.
+
+        With its session cleared too, a free row is the same whatever it held.
+        """
+        for name in _HOST:
             getattr(self, name)[slot] = 0
 
     def nbytes_per_row(self) -> int:
@@ -100,4 +107,4 @@ class Columns:
 
 
 _SESSION = ("last_event_ms", "viewers", "viewers_ms", "counters", "viewer_registers", "chatter_registers")
-_ALL = tuple(f.name for f in fields(Columns) if f.name != "generation")
+_HOST = tuple(f.name for f in fields(Columns) if f.name != "generation" and f.name not in _SESSION)

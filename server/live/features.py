@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.counters import COUNTERS, HALF_LIVES_MS, decay_factors, estimate_distinct, saturation
+from kernels.programs import ATTRIBUTES, PER_MINUTE, Code, FeatureProgram, Number, Op
 from server.errors import ConfigError
 from server.live.columns import Columns
 
@@ -69,9 +70,9 @@ class _Reading:
             mean = self.sum("viewers", half_life_s) / np.maximum(reports, np.float32(1e-6))
             return mean.astype(np.float32, copy=False), seen
         # A constant rate r gives a decayed sum of r * h / ln 2, times how full the window is yet.
-        per_minute = np.float32(math.log(2) * 60.0 / half_life_s)
+        h = HALF_LIVES_MS.index(half_life_s * 1000)
         total = self.sum(name, half_life_s)
-        return total * per_minute / self._saturation[HALF_LIVES_MS.index(half_life_s * 1000)], total > 0
+        return total * np.float32(PER_MINUTE[h]) / self._saturation[h], total > 0
 
 
 Compute = Callable[[_Reading, "dict[str, Any]"], "tuple[Values, Mask, Mask | None]"]
@@ -138,6 +139,7 @@ def _attribute(r: _Reading, d: dict[str, Any]) -> tuple[Values, Mask, Mask | Non
 
 
 _COUNTED = tuple(c for c in COUNTERS if c != "viewer_reports")
+_SKETCHES = ("viewers", "chatters")
 _SECONDS = tuple(h // 1000 for h in HALF_LIVES_MS)
 # kind → (function, {field: allowed values, or a type})
 _KINDS: dict[str, tuple[Compute, dict[str, Any]]] = {
@@ -154,8 +156,23 @@ _KINDS: dict[str, tuple[Compute, dict[str, Any]]] = {
     "difference": (_difference, {"of": _COUNTED, "fast_s": _SECONDS, "slow_s": _SECONDS}),
     "ratio": (_ratio, {"of": _COUNTED, "per": _COUNTED, "half_life_s": _SECONDS, "prior": float}),
     "per_viewer": (_per_viewer, {"of": _COUNTED[1:], "half_life_s": _SECONDS, "prior": float}),
-    "unique": (_unique, {"of": ("viewers", "chatters")}),
-    "attribute": (_attribute, {"of": ("age_rating", "language", "category")}),
+    "unique": (_unique, {"of": _SKETCHES}),
+    "attribute": (_attribute, {"of": ATTRIBUTES}),
+}
+# The same kinds for the GPU's kernel (kernels/features_gpu.py).
+_OPS: dict[str, Op] = {
+    "age": Op.AGE,
+    "staleness": Op.STALENESS,
+    "gauge": Op.GAUGE,
+    "mean": Op.LEVEL,
+    "rate": Op.LEVEL,
+    "velocity": Op.VELOCITY,
+    "acceleration": Op.ACCELERATION,
+    "difference": Op.DIFFERENCE,
+    "ratio": Op.RATIO,
+    "per_viewer": Op.PER_VIEWER,
+    "unique": Op.UNIQUE,
+    "attribute": Op.ATTRIBUTE,
 }
 
 
@@ -203,6 +220,39 @@ class FeatureSet:
         seen = {name for name, is_seen in zip(COUNTERS, counters_seen, strict=True) if is_seen}
         made_of = ([d[key] for key in ("of", "per") if d.get(key) in COUNTERS] for d in self._declarations)
         return np.array([seen.issuperset(names) for names in made_of], np.bool_)
+
+    def program(self) -> FeatureProgram:
+        """The declaration as the tables that the GPU's kernel evaluates, to the same values and states."""
+        codes = np.zeros((len(self), len(Code)), np.int64)
+        numbers = np.zeros((len(self), len(Number)), np.float32)
+        for f, d in enumerate(self._declarations):
+            op = _OPS[d["kind"]]
+            codes[f, Code.OP] = op
+            if op == Op.UNIQUE:
+                codes[f, Code.OF] = _SKETCHES.index(d["of"])
+            elif op == Op.ATTRIBUTE:
+                codes[f, Code.OF] = ATTRIBUTES.index(d["of"])
+            elif op == Op.GAUGE:
+                # Ages are whole milliseconds: one is beyond a limit exactly when it is beyond the limit's floor.
+                longest_ms = float(np.iinfo(np.int64).max // 2)
+                codes[f, Code.STALE_AFTER_MS] = math.floor(
+                    min(max(d["stale_after_s"] * 1000, -longest_ms), longest_ms)
+                )
+            elif "of" in d:
+                codes[f, Code.OF] = COUNTERS.index(d["of"])
+            if "per" in d:
+                codes[f, Code.PER] = COUNTERS.index(d["per"])
+            for key, code in (
+                ("half_life_s", Code.FAST),
+                ("fast_s", Code.FAST),
+                ("mid_s", Code.MID),
+                ("slow_s", Code.SLOW),
+            ):
+                if key in d:
+                    codes[f, code] = HALF_LIVES_MS.index(d[key] * 1000)
+            numbers[f, Number.MISSING] = d["missing"]
+            numbers[f, Number.PRIOR] = d.get("prior", 0.0)
+        return FeatureProgram(codes, numbers)
 
     def compute(self, columns: Columns, slots: NDArray[np.int32], now_ms: int, landmark_ms: int) -> Features:
         """Features of rows ``slots`` int32[n] as of ``now_ms``.

@@ -8,16 +8,18 @@ lowest free one, so the result does not depend on how often ticks ran in between
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels import fence
-from kernels.counters import COUNTERS, move_landmark, next_landmark, observe, scatter_decayed
+from kernels.counters import COUNTERS, next_landmark
 from kernels.dedup import WORDS
 from kernels.idmap import IdMap
 from server.config import TableSettings
+from server.live.accumulators import Accumulators, Counted, HostAccumulators
 from server.live.columns import Columns
 from server.live.events import EventColumns, StartedRow
 from server.live.interner import Interner
@@ -79,15 +81,22 @@ class LiveTable:
     Args:
         embedding: float32[capacity, D], the search engine's own matrix: a written row is
             visible to the next search.
+        accumulators: makes what keeps the session columns, given the table's; None: the table's own columns do.
     """
 
-    def __init__(self, settings: TableSettings, embedding: NDArray[np.float32]) -> None:
+    def __init__(
+        self,
+        settings: TableSettings,
+        embedding: NDArray[np.float32],
+        accumulators: Callable[[Columns], Accumulators] | None = None,
+    ) -> None:
         if embedding.shape != (settings.capacity, settings.embedding_dim):
             raise ValueError(
                 f"embedding: [{settings.capacity}, {settings.embedding_dim}] wanted, got {list(embedding.shape)}"
             )
         self.settings = settings
-        self.columns = Columns.allocate(settings.capacity, embedding)
+        self.columns = Columns.allocate(settings.capacity, embedding, with_sessions=accumulators is None)
+        self.accumulators = (accumulators or HostAccumulators)(self.columns)
         self.titles: list[str] = [""] * settings.capacity
         self.tags: list[tuple[str, ...]] = [()] * settings.capacity
         self.creators, self.languages = Interner(), Interner()
@@ -126,15 +135,18 @@ class LiveTable:
             max_lateness_ms=self.settings.max_lateness_ms,
             max_future_ms=self.settings.max_future_ms,
         )  # fmt: skip
-        self.columns.clear_session(np.unique(slots[fenced.new_session]))
+        self.accumulators.clear_sessions(np.unique(slots[fenced.new_session]))
         ok = fenced.codes == fence.APPLIED
+        touched = np.unique(slots[ok])
+        self.accumulators.liveness_changed(touched)
+        self.accumulators.identity_changed(slots[ok & (events.kind == fence.STARTED)])
         self._write_attributes(events, slots, ok)
         self._count(events, slots, ok)
         for slot in provisional:
             if self.columns.state[slot] == fence.FREE:
                 self._release(slot)
         ends = expired.ends + self._ends_of(events, slots, fenced)
-        return Applied(fenced.codes, fenced.renewed, ends, np.unique(slots[ok]))
+        return Applied(fenced.codes, fenced.renewed, ends, touched)
 
     def _reserve_rows(self, events: EventColumns, slots: NDArray[np.int32]) -> list[int]:
         """Gives unknown streams that start in this batch a row (in place in ``slots``), if one is left."""
@@ -165,6 +177,10 @@ class LiveTable:
     def _release(self, slot: int) -> None:
         self.map.delete(slot)
         self.columns.clear_row(slot)
+        at = np.array([slot], np.int32)
+        self.accumulators.clear_sessions(at)
+        self.accumulators.liveness_changed(at)
+        self.accumulators.identity_changed(at)
         self.titles[slot] = ""
         self.tags[slot] = ()
         heapq.heappush(self._free, slot)
@@ -216,15 +232,11 @@ class LiveTable:
         value, time_ms = events.value[current], events.time_ms[current]
         self.counters_seen[_FIRST[kind][_FIRST[kind] >= 0]] = True
         self.counters_seen[_SECOND[kind][_SECOND[kind] >= 0]] = True
-        scatter_decayed(
-            columns.counters, at, _FIRST[kind], value, _SECOND[kind], np.ones(len(at), np.float64),
-            time_ms, self.landmark_ms,
+        counted = Counted(
+            at, _FIRST[kind], _SECOND[kind], value, time_ms, np.where(kind == fence.VIEWER_COUNT, value, -1.0),
+            events.viewer_hash[current], kind == fence.CHATTED,
         )  # fmt: skip
-        observe(
-            at, time_ms, np.where(kind == fence.VIEWER_COUNT, value, -1.0), events.viewer_hash[current],
-            kind == fence.CHATTED, columns.last_event_ms, columns.viewers, columns.viewers_ms,
-            columns.viewer_registers, columns.chatter_registers,
-        )  # fmt: skip
+        self.accumulators.count(counted, self.landmark_ms)
 
     def _ends_of(self, events: EventColumns, slots: NDArray[np.int32], fenced: fence.Fenced) -> list[End]:
         ends = []
@@ -244,12 +256,14 @@ class LiveTable:
         state = columns.state[:rows]
         lapsed = np.flatnonzero((state == fence.LIVE) & (columns.lease_expires_ms[:rows] <= now_ms))
         state[lapsed] = fence.SUSPECT
+        self.accumulators.liveness_changed(lapsed.astype(np.int32))
         over_ms = columns.lease_expires_ms[:rows] + settings.grace_ms
         ended = np.flatnonzero((state == fence.SUSPECT) & (over_ms <= now_ms))
         ends: list[End] = []
         if len(ended):
             state[ended] = fence.ENDED
             columns.ended_ms[ended] = over_ms[ended]
+            self.accumulators.liveness_changed(ended.astype(np.int32))
             # In the order of time, so that subscribers hear the same sequence whatever the tick.
             in_time = ended[np.lexsort((ended, over_ms[ended]))]
             ends = [
@@ -271,7 +285,7 @@ class LiveTable:
             self.landmark_ms = applied_ms
         moved = next_landmark(applied_ms, self.landmark_ms)
         if moved != self.landmark_ms:
-            move_landmark(self.columns.counters[: self.rows], self.landmark_ms, moved)
+            self.accumulators.move_landmark(self.landmark_ms, moved, self.rows)
             self.landmark_ms = moved
 
     # --- reading ------------------------------------------------------------------------------

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kernels.programs import N_BUILT_IN, RuleProgram
 from server.errors import ConfigError
 
 BUILT_IN = ("ended", "stale", "blocked", "spam_marked", "unassessed")
 """Bits 0.. of the rule bits; set from the table, not from the file. All exclude."""
+assert len(BUILT_IN) == N_BUILT_IN  # what the GPU's kernel leaves room for
 PER_REQUEST = ("region", "age_rating", "language", "category", "excluded")
 """Rules that depend on who asks; they have no bit."""
 MAX_RULES = 32 - len(BUILT_IN)
@@ -77,6 +80,19 @@ class RuleBook:
         for i, rule in enumerate(self.rules.values()):
             bits |= int(rule.exclude) << (len(BUILT_IN) + i)
         return bits
+
+    def program(self, feature_names: tuple[str, ...]) -> RuleProgram:
+        """The rules as the tables that the GPU's kernel evaluates; columns of features as in ``feature_names``."""
+        conditions = [condition for rule in self.rules.values() for condition in rule.when]
+        threshold = [c.above if c.above is not None else c.below for c in conditions]
+        return RuleProgram(
+            starts=np.cumsum([0, *(len(rule.when) for rule in self.rules.values())], dtype=np.int32),
+            features=np.array([feature_names.index(c.feature) for c in conditions], np.int32),
+            above=np.array([c.above is not None for c in conditions], np.uint8),
+            enters=np.array(threshold, np.float32),
+            leaves=np.array([c.until for c in conditions], np.float32),
+            boosts=np.array([rule.boost for rule in self.rules.values()], np.float32),
+        )
 
     @classmethod
     def load(cls, path: Path, feature_names: tuple[str, ...]) -> RuleBook:
