@@ -24,7 +24,7 @@ _BLOCK = 64
 _ORDER_WARPS = 8
 _CHUNK = 16
 _HELD_FLOATS = 512 * 64
-"""The most that stays in registers: half of an SM's, 64 per thread at 16 warps."""
+"""The most that stays in registers, half of an SM's: all that 8 warps can hold beside what they work with."""
 _FLOATS_PER_THREAD = 128
 
 _SLATE, _EXPLORATION = tl.constexpr(int(Outcome.SLATE)), tl.constexpr(int(Outcome.EXPLORATION))
@@ -330,9 +330,10 @@ def select_slates(
         raise ValueError(f"reserve: 0 to {picks.shape[1]} (the width of picks) allowed, got {reserve}")
     if batch == 0:
         return
-    _order[(batch, triton.cdiv(width, _BLOCK))](
-        slots, utility, id_words, limits, order, WIDTH=width, BLOCK=_BLOCK, num_warps=_ORDER_WARPS
-    )  # fmt: skip
+    if width:
+        _order[(batch, triton.cdiv(width, _BLOCK))](
+            slots, utility, id_words, limits, order, WIDTH=width, BLOCK=_BLOCK, num_warps=_ORDER_WARPS
+        )
     constants = _constants(width, embeddings.shape[1], picks.shape[1])
     _greedy[(batch,)](
         order, utility, sources, creators, categories, embeddings, id_words,
@@ -345,13 +346,13 @@ def select_slates(
 
 def _constants(width: int, dim: int, picks_width: int) -> dict[str, int]:
     """What the greedy kernel is compiled for."""
-    k, dim_padded = max(16, triton.next_power_of_2(width)), triton.next_power_of_2(dim)
+    k, dim_padded = triton.next_power_of_2(max(16, width)), triton.next_power_of_2(max(4, dim))
     return {
         "K": k,
         "DIM": dim,
         "DIM_PADDED": dim_padded,
         "CHUNK": min(_CHUNK, dim_padded),
-        "PICKS": triton.next_power_of_2(picks_width),
+        "PICKS": triton.next_power_of_2(max(1, picks_width)),
         "HELD": k * dim_padded <= _HELD_FLOATS,
     }
 
