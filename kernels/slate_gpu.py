@@ -201,7 +201,7 @@ def _greedy(
             else:
                 going = False
         if found:
-            chosen = (tl.load(order_ptr + best) >> 32)
+            chosen = tl.load(order_ptr + best) >> 32
             outcome = tl.where(lane == best, kind, outcome)
             turn = tl.where(lane == best, nth, turn)
             chance = tl.where(lane == best, propensity, chance)
@@ -365,7 +365,9 @@ def _warps(constants: dict[str, int]) -> int:
 
 def _greedy_at(width: int) -> Compiled:
     constants = _constants(width, 64, 120)
-    types = "*i64 *fp32 *i32 *i32 *i32 *fp32 *i64 *i32 *i32 *i64 *i32 *i32 *fp32 *i32 *fp32 *i32 *i32 *u8 i32 i32 i32 i32"
+    types = (
+        "*i64 *fp32 *i32 *i32 *i32 *fp32 *i64 *i32 *i32 *i64 *i32 *i32 *fp32 *i32 *fp32 *i32 *i32 *u8 i32 i32 i32 i32"
+    )
     return Compiled(_greedy, types, constants, num_warps=_warps(constants), label=f"K={width}")
 
 
