@@ -57,7 +57,7 @@ def _merge(
     n_dropped = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        slot, own = _proposals(
+        slot, _ = _proposals(
             view_slots_ptr, view_sources_ptr, personal_ptr, followed_ptr, excluded_ptr, b, v, column,
             VIEW, PERSONAL, FOLLOWED, EXCLUDED,
         )  # fmt: skip
