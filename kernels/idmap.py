@@ -31,6 +31,12 @@ def pack_ids(ids: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]
     return packed, lengths.astype(np.uint8)
 
 
+def id_words(ids: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """ids uint8[n, 64] as eight signed words each, int64[n, 8], whose order word by word is that of the bytes."""
+    words = np.ascontiguousarray(ids).view(">u8").astype(np.uint64)
+    return (words ^ np.uint64(1 << 63)).view(np.int64)
+
+
 @njit(cache=True, nogil=True)
 def _hash_row(row: NDArray[np.uint8], length: int) -> np.uint64:
     """FNV-1a over the bytes, then the splitmix64 finaliser (FNV's low bits alone cluster)."""
