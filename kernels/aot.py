@@ -75,7 +75,11 @@ def compile_ahead(compiled: Compiled, sm: int) -> Usage:
     if len(free) != len(types):
         raise ValueError(f"{kernel.__name__}: {len(free)} arguments {free}, but {len(types)} types")
     signature = {name: "constexpr" for name in compiled.constants} | dict(zip(free, types, strict=True))
-    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, compiled.constants)
+    # As at launch: whole buffers start at multiples of 16 bytes, which lets the compiler load vectors of them.
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, compiled.constants, aligned)
     options = {"num_warps": compiled.num_warps, "num_stages": compiled.num_stages}
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     registers, stack_bytes = _resources(built.asm["cubin"])

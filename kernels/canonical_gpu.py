@@ -20,7 +20,7 @@ from kernels.aot import Compiled
 from kernels.checks_gpu import require_tensor
 
 _NO_HIT = tl.constexpr(0x7FFF_FFFF_FFFF_FFFF)
-_RESCORE_BLOCK = 64
+_RESCORE_BLOCK, _RESCORE_WARPS = 64, 2
 _ORDER_BLOCK, _ORDER_STEP = 64, 16
 _SLOW_BLOCK_ROWS = 65_536
 
@@ -178,7 +178,8 @@ def decide(
     batch, capacity = candidates.shape
     dim = queries.shape[1]
     _rescore[(triton.cdiv(capacity, _RESCORE_BLOCK), batch)](
-        queries, table, candidates, n_candidates, keys, capacity, DIM=dim, BLOCK=_RESCORE_BLOCK
+        queries, table, candidates, n_candidates, keys, capacity, DIM=dim, BLOCK=_RESCORE_BLOCK,
+            num_warps=_RESCORE_WARPS,
     )
     _select[(batch,)](
         keys, n_candidates, n_words, floors, errors, scales, best, n_best, unproven, k,
@@ -230,7 +231,8 @@ def masked_topk_slow(
         width = min(_SLOW_BLOCK_ROWS, rows - first)
         keys = torch.empty((batch, width), dtype=torch.int64, device=device)
         _score_all[(triton.cdiv(width, _RESCORE_BLOCK), batch)](
-            queries, table, eligible, mask_of, keys, first, rows, capacity, width, DIM=dim, BLOCK=_RESCORE_BLOCK
+            queries, table, eligible, mask_of, keys, first, rows, capacity, width, DIM=dim, BLOCK=_RESCORE_BLOCK,
+            num_warps=_RESCORE_WARPS,
         )
         best = torch.cat((best, keys), dim=1).topk(k, dim=1, largest=False, sorted=True).values
     n_best = (best != _NO_HIT.value).sum(dim=1, dtype=torch.int32)
@@ -247,13 +249,14 @@ def _select_warps(capacity: int) -> int:
 _RESCORE_TYPES = "*fp32 *fp32 *i32 *i32 *i64 i32"
 _SELECT_TYPES = "*i64 *i32 *i32 *fp32 *fp64 *fp64 *i64 *i32 *u8 i32"
 AOT = [
-    Compiled(_rescore, _RESCORE_TYPES, {"DIM": 64, "BLOCK": _RESCORE_BLOCK}),
+    Compiled(_rescore, _RESCORE_TYPES, {"DIM": 64, "BLOCK": _RESCORE_BLOCK}, num_warps=_RESCORE_WARPS),
     *(
         Compiled(_select, _SELECT_TYPES, {"CAPACITY": size}, num_warps=_select_warps(size), label=str(size))
-        for size in (4096, 16_384)
+        for size in (4096, 8192)
     ),
     Compiled(_order, "*i64 *i32 *i32 *fp32 i32", {"BLOCK": _ORDER_BLOCK, "STEP": _ORDER_STEP}),
     Compiled(
-        _score_all, "*fp32 *fp32 *u8 *i32 *i64 i32 i32 i32 i32", {"DIM": 64, "BLOCK": _RESCORE_BLOCK}
+        _score_all, "*fp32 *fp32 *u8 *i32 *i64 i32 i32 i32 i32", {"DIM": 64, "BLOCK": _RESCORE_BLOCK},
+        num_warps=_RESCORE_WARPS,
     ),
 ]

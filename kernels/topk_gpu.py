@@ -44,7 +44,7 @@ from kernels.aot import Compiled
 from kernels.canonical_gpu import ascending, decide, from_ascending
 from kernels.checks_gpu import require_tensor
 
-_PACK_WORDS, _SAMPLE_BLOCK, _EXPAND_WORDS, _PUT_BLOCK = 64, 128, 32, 16
+_PACK_WORDS, _SAMPLE_BLOCK, _EXPAND_WORDS, _PUT_BLOCK = 64, 128, 64, 32
 _WORD_ROWS = 32
 _PROGRAMS = 4 * 132  # a few per SM of an H100: long loops keep loads in flight, short ones level the ends
 _MIN_CAPACITY = 4096
@@ -104,7 +104,7 @@ class TopkBuffers:
         """Buffers for B queries, the best k, tables of C rows and D dimensions, and V filters.
 
         Args:
-            capacity: P, candidates per query; 0 chooses. With 8·k (4,096 at least) the sampled floor lets about a
+            capacity: P, candidates per query; 0 chooses. With 4·k (4,096 at least) the sampled floor lets about a
                 third of that through at 1 M rows. sample_rows: S. Both powers of two.
 
         Raises:
@@ -112,7 +112,9 @@ class TopkBuffers:
 
         Cost: 8·B·(2.5·P + k) + 4·B·S bytes; 36 MiB at B = 256, k = 500.
         """
-        capacity = capacity or max(_MIN_CAPACITY, triton.next_power_of_2(8 * k))
+        if not capacity:
+            capacity = max(_MIN_CAPACITY, triton.next_power_of_2(4 * k))
+            capacity = min(capacity, triton.next_power_of_2(max(rows, k)))  # more could never fill
         if min(batch, k, rows, dim, filters) < 1:
             raise ValueError(f"batch, k, rows, dim, filters: must be at least 1, got {batch, k, rows, dim, filters}")
         if capacity < k or capacity & (capacity - 1):

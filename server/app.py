@@ -78,7 +78,7 @@ class App:
         features = FeatureSet.load(settings.table.features_file)
         book = RuleBook.load(settings.rank.rules_file, features.names)
         search = make_engine(settings.retrieval.engine, settings.table.capacity, settings.table.embedding_dim)
-        table = LiveTable(settings.table, search.embeddings)
+        table = LiveTable(settings.table, search.embeddings, search.write_rows)
         streams = StreamState(table, features, book)
         pipeline = Pipeline(settings, clock, table, streams, search)
         self.metrics = Metrics()

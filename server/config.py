@@ -84,7 +84,7 @@ class ScoringSettings(_Section):
 
 
 class RetrievalSettings(_Section):
-    engine: Literal["exact", "faiss_cpu"] = "exact"
+    engine: Literal["exact", "faiss_cpu", "exact_gpu", "faiss_gpu"] = "exact"
     personal: int = Field(200, ge=0, le=2048, description="candidates from this source, likewise below")
     trending: int = Field(200, ge=0, le=2048)
     trending_per_group: int = Field(20, ge=0, le=256, description="per category and per language")

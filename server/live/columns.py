@@ -90,7 +90,10 @@ class Columns:
             getattr(self, name)[slots] = 0
 
     def clear_row(self, slot: int) -> None:
-        """Zeroes everything but the generation, so that a free row is the same whatever it held."""
+        """Zeroes everything but the generation, so that a free row is the same whatever it held.
+
+        The embedding is the search engine's to write: the caller clears it there.
+        """
         for name in _ALL:
             getattr(self, name)[slot] = 0
 
@@ -100,4 +103,4 @@ class Columns:
 
 
 _SESSION = ("last_event_ms", "viewers", "viewers_ms", "counters", "viewer_registers", "chatter_registers")
-_ALL = tuple(f.name for f in fields(Columns) if f.name != "generation")
+_ALL = tuple(f.name for f in fields(Columns) if f.name not in ("generation", "embedding"))

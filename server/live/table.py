@@ -8,6 +8,7 @@ lowest free one, so the result does not depend on how often ticks ran in between
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,8 @@ class Expired:
     ends: list[End]
 
 
+RowWriter = Callable[[NDArray[np.int32], NDArray[np.float32]], None]
+
 # Which counters a kind of event adds to: its value to the first, 1 to the second.
 _FIRST = np.full(256, -1, np.int8)
 _SECOND = np.full(256, -1, np.int8)
@@ -77,17 +80,22 @@ class LiveTable:
     """Rows of live, suspect and remembered streams.
 
     Args:
-        embedding: float32[capacity, D], the search engine's own matrix: a written row is
-            visible to the next search.
+        embedding: float32[capacity, D], the search engine's own matrix, only read here.
+        write_rows: the engine's way to write it, (slots int32[n], rows float32[n, D]): a written row is visible to
+            the next search. None: no engine has a say, rows are written into ``embedding``.
     """
 
-    def __init__(self, settings: TableSettings, embedding: NDArray[np.float32]) -> None:
+    def __init__(
+        self, settings: TableSettings, embedding: NDArray[np.float32], write_rows: RowWriter | None = None
+    ) -> None:
         if embedding.shape != (settings.capacity, settings.embedding_dim):
             raise ValueError(
                 f"embedding: [{settings.capacity}, {settings.embedding_dim}] wanted, got {list(embedding.shape)}"
             )
         self.settings = settings
         self.columns = Columns.allocate(settings.capacity, embedding)
+        self._write_rows = write_rows or embedding.__setitem__
+        self._no_embedding = np.zeros(settings.embedding_dim, np.float32)
         self.titles: list[str] = [""] * settings.capacity
         self.tags: list[tuple[str, ...]] = [()] * settings.capacity
         self.creators, self.languages = Interner(), Interner()
@@ -165,6 +173,7 @@ class LiveTable:
     def _release(self, slot: int) -> None:
         self.map.delete(slot)
         self.columns.clear_row(slot)
+        self._write_embedding(slot, self._no_embedding)
         self.titles[slot] = ""
         self.tags[slot] = ()
         heapq.heappush(self._free, slot)
@@ -201,9 +210,12 @@ class LiveTable:
         columns.category[slot] = self.categories.intern(started.category)
         columns.region[slot] = self.regions.intern(started.region)
         columns.age_rating[slot] = started.age_rating
-        columns.embedding[slot] = 0.0 if started.embedding is None else unit(started.embedding)
+        self._write_embedding(slot, self._no_embedding if started.embedding is None else unit(started.embedding))
         self.titles[slot] = started.title
         self.tags[slot] = started.tags
+
+    def _write_embedding(self, slot: int, embedding: NDArray[np.float32]) -> None:
+        self._write_rows(np.array([slot], np.int32), embedding[None])
 
     def _count(self, events: EventColumns, slots: NDArray[np.int32], ok: NDArray[np.bool_]) -> None:
         """Counters, gauges and sketches of the applied events that belong to the current session."""
