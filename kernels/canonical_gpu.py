@@ -178,8 +178,15 @@ def decide(
     batch, capacity = candidates.shape
     dim = queries.shape[1]
     _rescore[(triton.cdiv(capacity, _RESCORE_BLOCK), batch)](
-        queries, table, candidates, n_candidates, keys, capacity, DIM=dim, BLOCK=_RESCORE_BLOCK,
-            num_warps=_RESCORE_WARPS,
+        queries,
+        table,
+        candidates,
+        n_candidates,
+        keys,
+        capacity,
+        DIM=dim,
+        BLOCK=_RESCORE_BLOCK,
+        num_warps=_RESCORE_WARPS,
     )
     _select[(batch,)](
         keys, n_candidates, n_words, floors, errors, scales, best, n_best, unproven, k,
@@ -231,7 +238,17 @@ def masked_topk_slow(
         width = min(_SLOW_BLOCK_ROWS, rows - first)
         keys = torch.empty((batch, width), dtype=torch.int64, device=device)
         _score_all[(triton.cdiv(width, _RESCORE_BLOCK), batch)](
-            queries, table, eligible, mask_of, keys, first, rows, capacity, width, DIM=dim, BLOCK=_RESCORE_BLOCK,
+            queries,
+            table,
+            eligible,
+            mask_of,
+            keys,
+            first,
+            rows,
+            capacity,
+            width,
+            DIM=dim,
+            BLOCK=_RESCORE_BLOCK,
             num_warps=_RESCORE_WARPS,
         )
         best = torch.cat((best, keys), dim=1).topk(k, dim=1, largest=False, sorted=True).values
@@ -256,7 +273,9 @@ AOT = [
     ),
     Compiled(_order, "*i64 *i32 *i32 *fp32 i32", {"BLOCK": _ORDER_BLOCK, "STEP": _ORDER_STEP}),
     Compiled(
-        _score_all, "*fp32 *fp32 *u8 *i32 *i64 i32 i32 i32 i32", {"DIM": 64, "BLOCK": _RESCORE_BLOCK},
+        _score_all,
+        "*fp32 *fp32 *u8 *i32 *i64 i32 i32 i32 i32",
+        {"DIM": 64, "BLOCK": _RESCORE_BLOCK},
         num_warps=_RESCORE_WARPS,
     ),
 ]

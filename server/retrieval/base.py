@@ -24,8 +24,11 @@ class SearchEngine(Protocol):
     embeddings: NDArray[np.float32]
     """float32[capacity, D], the table's embedding column: this very memory. Only ``write_rows`` writes it. An engine
     on the CPU searches it in place; one on a GPU keeps its own copy in step with it."""
-    fallback_queries: int
-    """Queries so far that needed a slower way than the usual one to be exact."""
+
+    @property
+    def fallback_queries(self) -> int:
+        """Queries so far that needed a slower way than the usual one to be exact."""
+        ...
 
     def write_rows(self, slots: NDArray[np.int32], rows: NDArray[np.float32]) -> None:
         """Writes rows float32[n, D] at distinct slots int32[n]; the next search finds them."""

@@ -73,7 +73,7 @@ def test_rows_and_queries_too_long_for_the_mask_columns_are_searched_on_the_host
 
 
 def test_more_than_faiss_finds_on_a_gpu_is_refused() -> None:
-    with pytest.raises(ValueError, match="^k: FAISS finds at most 2048 neighbours on a GPU, got 2049"):
+    with pytest.raises(ValueError, match=r"^k: FAISS finds at most 2048 neighbours on a GPU, got 2049"):
         filled().search(some(1), np.ones((1, ROWS), np.bool_), np.zeros(1, np.int32), 2049)
 
 
