@@ -23,7 +23,7 @@ from server.log.commit import GroupCommit
 from server.log.sqlite import SqliteLog
 from server.ranking.pipeline import Pipeline
 from server.recorder import Recorder
-from server.retrieval.registry import make_engine
+from server.retrieval.registry import make_search
 from server.retrieval.streams import StreamState
 from server.rpc.admin import AdminService
 from server.rpc.control import Control
@@ -77,11 +77,12 @@ class App:
         self.settings, self.clock = settings, clock
         features = FeatureSet.load(settings.table.features_file)
         book = RuleBook.load(settings.rank.rules_file, features.names)
-        search = make_engine(settings.retrieval.engine, settings.table.capacity, settings.table.embedding_dim)
-        table = LiveTable(settings.table, search.embeddings)
+        self.metrics = Metrics()
+        size = settings.table
+        search = make_search(settings.retrieval, size.capacity, size.embedding_dim, self.metrics)
+        table = LiveTable(settings.table, search.embeddings, search.write_rows)
         streams = StreamState(table, features, book)
         pipeline = Pipeline(settings, clock, table, streams, search)
-        self.metrics = Metrics()
         self.metrics.capacity_rows.set(settings.table.capacity)
         self.recorder = Recorder(self.metrics)
         self.engine = Engine(

@@ -83,8 +83,26 @@ class ScoringSettings(_Section):
     breaker_open_ms: Milliseconds = Field(2_000, description="then one trial call per this time")
 
 
+class ApproximateSettings(_Section):
+    index: Literal["none", "cagra"] = Field("none", description="an approximate index beside the exact engine")
+    recall: float = Field(0.95, gt=0.0, lt=1.0, description="recall@k that must be proven for it to answer")
+    measured_share: float = Field(0.02, gt=0.0, le=1.0, description="queries also answered exactly")
+    window: int = Field(500, ge=10, le=100_000, description="measured queries judged together")
+    overfetch: int = Field(4, ge=1, le=64, description="candidates asked for per place")
+    rebuild_ms: Milliseconds = 60_000
+    max_changed_rows: int = Field(4_096, ge=0, description="rows changed since the build: beyond, exact")
+
+    @model_validator(mode="after")
+    def _perfect_recall_is_proof(self) -> ApproximateSettings:
+        # See server/retrieval/recall.py::lower_bound
+        if 1.0 - 3.33 / (self.window + 1) < self.recall:
+            raise ValueError(f"window ({self.window}) is too short to ever prove a recall of {self.recall}")
+        return self
+
+
 class RetrievalSettings(_Section):
-    engine: Literal["exact", "faiss_cpu"] = "exact"
+    engine: Literal["exact", "faiss_cpu", "exact_gpu", "faiss_gpu"] = "exact"
+    approximate: ApproximateSettings = ApproximateSettings()
     personal: int = Field(200, ge=0, le=2048, description="candidates from this source, likewise below")
     trending: int = Field(200, ge=0, le=2048)
     trending_per_group: int = Field(20, ge=0, le=256, description="per category and per language")

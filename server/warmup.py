@@ -53,7 +53,7 @@ def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook) ->
     now_ms = 1_700_000_000_000
     clock = ManualClock(now_ms)
     search = make_engine(settings.retrieval.engine, 2 * STREAMS, settings.table.embedding_dim)
-    table = LiveTable(small.table, search.embeddings)
+    table = LiveTable(small.table, search.embeddings, search.write_rows)
     streams = StreamState(table, features, book)
     for payload in _events(now_ms, settings.table.embedding_dim):
         applied = table.apply(decode_batch(payload, small.table).events, now_ms)

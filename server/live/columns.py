@@ -94,9 +94,9 @@ class Columns:
             getattr(self, name)[slots] = 0
 
     def clear_row(self, slot: int) -> None:
-        """Zeroes identity and liveness but not the generation.
+        """Zeroes identity and liveness but not the generation, so that a free row is the same whatever it held.
 
-        With its session cleared too, a free row is the same whatever it held.
+        Its session is cleared by the accumulators, its embedding by the search engine: the caller asks both.
         """
         for name in _HOST:
             getattr(self, name)[slot] = 0
@@ -107,4 +107,4 @@ class Columns:
 
 
 _SESSION = ("last_event_ms", "viewers", "viewers_ms", "counters", "viewer_registers", "chatter_registers")
-_HOST = tuple(f.name for f in fields(Columns) if f.name != "generation" and f.name not in _SESSION)
+_HOST = tuple(f.name for f in fields(Columns) if f.name not in ("generation", "embedding", *_SESSION))

@@ -53,6 +53,8 @@ class Expired:
     ends: list[End]
 
 
+RowWriter = Callable[[NDArray[np.int32], NDArray[np.float32]], None]
+
 # Which counters a kind of event adds to: its value to the first, 1 to the second.
 _FIRST = np.full(256, -1, np.int8)
 _SECOND = np.full(256, -1, np.int8)
@@ -79,8 +81,9 @@ class LiveTable:
     """Rows of live, suspect and remembered streams.
 
     Args:
-        embedding: float32[capacity, D], the search engine's own matrix: a written row is
-            visible to the next search.
+        embedding: float32[capacity, D], the search engine's own matrix, only read here.
+        write_rows: the engine's way to write it, (slots int32[n], rows float32[n, D]): a written row is visible to
+            the next search. None: no engine has a say, rows are written into ``embedding``.
         accumulators: makes what keeps the session columns, given the table's; None: the table's own columns do.
     """
 
@@ -88,6 +91,7 @@ class LiveTable:
         self,
         settings: TableSettings,
         embedding: NDArray[np.float32],
+        write_rows: RowWriter | None = None,
         accumulators: Callable[[Columns], Accumulators] | None = None,
     ) -> None:
         if embedding.shape != (settings.capacity, settings.embedding_dim):
@@ -97,6 +101,8 @@ class LiveTable:
         self.settings = settings
         self.columns = Columns.allocate(settings.capacity, embedding, with_sessions=accumulators is None)
         self.accumulators = (accumulators or HostAccumulators)(self.columns)
+        self._write_rows = write_rows or embedding.__setitem__
+        self._no_embedding = np.zeros(settings.embedding_dim, np.float32)
         self.titles: list[str] = [""] * settings.capacity
         self.tags: list[tuple[str, ...]] = [()] * settings.capacity
         self.creators, self.languages = Interner(), Interner()
@@ -181,6 +187,7 @@ class LiveTable:
         self.accumulators.clear_sessions(at)
         self.accumulators.liveness_changed(at)
         self.accumulators.identity_changed(at)
+        self._write_embedding(slot, self._no_embedding)
         self.titles[slot] = ""
         self.tags[slot] = ()
         heapq.heappush(self._free, slot)
@@ -217,9 +224,12 @@ class LiveTable:
         columns.category[slot] = self.categories.intern(started.category)
         columns.region[slot] = self.regions.intern(started.region)
         columns.age_rating[slot] = started.age_rating
-        columns.embedding[slot] = 0.0 if started.embedding is None else unit(started.embedding)
+        self._write_embedding(slot, self._no_embedding if started.embedding is None else unit(started.embedding))
         self.titles[slot] = started.title
         self.tags[slot] = started.tags
+
+    def _write_embedding(self, slot: int, embedding: NDArray[np.float32]) -> None:
+        self._write_rows(np.array([slot], np.int32), embedding[None])
 
     def _count(self, events: EventColumns, slots: NDArray[np.int32], ok: NDArray[np.bool_]) -> None:
         """Counters, gauges and sketches of the applied events that belong to the current session."""

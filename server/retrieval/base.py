@@ -18,12 +18,21 @@ class Hits:
 
 
 class SearchEngine(Protocol):
-    """Searches rows by inner product. Owned and called by the engine thread only."""
+    """Searches rows by inner product. Owned and called by one thread, the engine thread once it runs."""
 
     name: str
     embeddings: NDArray[np.float32]
-    """float32[capacity, D], searched in place: the table's embedding column is this very memory, so a row
-    written to the table is found by the next search, and there is no second copy to keep in step."""
+    """float32[capacity, D], the table's embedding column: this very memory. Only ``write_rows`` writes it. An engine
+    on the CPU searches it in place; one on a GPU keeps its own copy in step with it."""
+
+    @property
+    def fallback_queries(self) -> int:
+        """Queries so far that needed a slower way than the usual one to be exact."""
+        ...
+
+    def write_rows(self, slots: NDArray[np.int32], rows: NDArray[np.float32]) -> None:
+        """Writes rows float32[n, D] at distinct slots int32[n]; the next search finds them."""
+        ...
 
     def search(
         self,

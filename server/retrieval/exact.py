@@ -22,11 +22,16 @@ class ExactSearch:
     """
 
     name = "exact"
+    fallback_queries = 0  # there is one way only
 
     def __init__(self, capacity: int, dim: int) -> None:
         if capacity < 1 or dim < 1:
             raise ValueError(f"capacity, dim: must be at least 1, got {capacity}, {dim}")
         self.embeddings: NDArray[np.float32] = np.zeros((capacity, dim), np.float32)
+
+    def write_rows(self, slots: NDArray[np.int32], rows: NDArray[np.float32]) -> None:
+        """See :class:`SearchEngine`."""
+        self.embeddings[slots] = rows
 
     def search(
         self, queries: NDArray[np.float32], eligible: NDArray[np.bool_], mask_of: NDArray[np.int32], k: int

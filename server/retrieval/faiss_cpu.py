@@ -12,10 +12,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.checks import require_array
 from kernels.topk import rescore_topk, rounding_errors
 from server.retrieval.base import Hits
-from server.retrieval.exact import searched_rows
+from server.retrieval.checks import check_search
 
 _SPARE = 16  # asked for beyond k, for rounding and ties at the end
 
@@ -43,18 +42,18 @@ class FaissCpuSearch:
         self._index.add(np.zeros((capacity, dim), np.float32))
         storage = faiss.rev_swig_ptr(self._index.get_xb(), capacity * dim)
         self.embeddings: NDArray[np.float32] = storage.reshape(capacity, dim)
+        self.fallback_queries = 0
+
+    def write_rows(self, slots: NDArray[np.int32], rows: NDArray[np.float32]) -> None:
+        """See :class:`SearchEngine`."""
+        self.embeddings[slots] = rows
 
     def search(
         self, queries: NDArray[np.float32], eligible: NDArray[np.bool_], mask_of: NDArray[np.int32], k: int
     ) -> Hits:
         """See :class:`SearchEngine`. Raises ValueError naming the argument."""
-        rows = searched_rows(self.embeddings, eligible)
-        require_array("queries", queries, np.float32, (None, self.embeddings.shape[1]))
-        require_array("mask_of", mask_of, np.int32, (queries.shape[0],))
-        if mask_of.size and (mask_of.min() < 0 or mask_of.max() >= eligible.shape[0]):
-            raise ValueError(f"mask_of: must lie in [0, {eligible.shape[0]})")
-        if k < 1:
-            raise ValueError(f"k: must be at least 1, got {k}")
+        check_search(self.embeddings, queries, eligible, mask_of, k)
+        rows = self.embeddings[: eligible.shape[1]]
         slots = np.full((queries.shape[0], k), -1, np.int32)
         scores = np.full((queries.shape[0], k), -np.inf, np.float32)
         errors = rounding_errors(queries, rows)
@@ -95,5 +94,6 @@ class FaissCpuSearch:
             last = proposed_scores[:, -1].astype(np.float64)
             proven = (proposed[:, -1] < 0) | (best_scores[:, -1] > last + errors[pending])
             pending = pending[~proven]
+            self.fallback_queries += len(pending)
             asked = min(4 * asked, available)
         return slots, scores

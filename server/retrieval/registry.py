@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
+from kernels.backend import CPU, Backend
+from server.config import RetrievalSettings
 from server.errors import ConfigError
 from server.retrieval.base import SearchEngine
+from server.telemetry.metrics import Metrics
 
 _ENGINES = {
     "exact": ("server.retrieval.exact", "ExactSearch"),
     "faiss_cpu": ("server.retrieval.faiss_cpu", "FaissCpuSearch"),
+    "exact_gpu": ("server.retrieval.exact_gpu", "ExactGpuSearch"),
+    "faiss_gpu": ("server.retrieval.faiss_gpu", "FaissGpuSearch"),
 }
 
 ENGINE_NAMES: tuple[str, ...] = tuple(_ENGINES)
+GPU_ENGINE_NAMES = ("exact_gpu", "faiss_gpu")
 
 
-def make_engine(name: str, capacity: int, dim: int) -> SearchEngine:
-    """The search engine ``name`` for ``capacity`` rows of ``dim`` float32.
+def make_engine(name: str, capacity: int, dim: int, backend: Backend = CPU) -> SearchEngine:
+    """The search engine ``name`` for ``capacity`` rows of ``dim`` float32, on the process's device.
 
     Raises:
-        ConfigError: no engine has that name; the message lists those there are.
+        ConfigError: no engine has that name (the message lists those there are), or it needs a GPU and the backend
+            has none.
         ImportError: the engine's library is not installed.
     """
     if name not in _ENGINES:
         raise ConfigError(f"retrieval engine: {name!r} is not one of {', '.join(ENGINE_NAMES)}")
     module, cls = _ENGINES[name]
-    return cast(SearchEngine, getattr(import_module(module), cls)(capacity, dim))
+    where: dict[str, Any] = {"backend": backend} if name in GPU_ENGINE_NAMES else {}
+    return cast(SearchEngine, getattr(import_module(module), cls)(capacity, dim, **where))
+
+
+def make_search(
+    settings: RetrievalSettings, capacity: int, dim: int, metrics: Metrics, backend: Backend = CPU
+) -> SearchEngine:
+    """The configured engine, behind a recall gate with the approximate index if one is configured.
+
+    Raises:
+        ConfigError, ImportError: as :func:`make_engine`, or the index's library does not have it.
+    """
+    engine = make_engine(settings.engine, capacity, dim, backend)
+    metrics.fallback_queries.set_function(lambda: engine.fallback_queries)
+    approximate = settings.approximate
+    if approximate.index == "none":
+        return engine
+    from server.retrieval.cagra import CagraIndex, require_cagra
+    from server.retrieval.gate import GatedSearch, GatePolicy
+    from server.retrieval.recall import RecallGate
+
+    require_cagra()
+    gate = RecallGate(approximate.recall, approximate.window, approximate.measured_share)
+    policy = GatePolicy(approximate.overfetch, approximate.rebuild_ms, approximate.max_changed_rows)
+    gated = GatedSearch(engine, CagraIndex, gate, policy, metrics)
+    metrics.fallback_queries.set_function(lambda: gated.fallback_queries)
+    return gated

@@ -70,6 +70,30 @@ class Metrics:
             ["source"],
             registry=r,
         )
+        self.fallback_queries = Gauge(
+            "liverank_search_fallback_queries",
+            "Searches so far that needed a slower way than the usual one to be exact",
+            registry=r,
+        )
+        self.searched_queries = Counter(
+            "liverank_searched_queries_total",
+            "Searches beside an approximate index by way of answering; measured and short ones were exact",
+            ["way"],
+            registry=r,
+        )
+        self.retrieval_approximate = Gauge(
+            "liverank_retrieval_approximate", "1: an approximate index answers; 0: the exact engine", registry=r
+        )
+        self.recall_lower_bound = Gauge(
+            "liverank_recall_lower_bound", "99 % lower bound of the approximate index's recall@k", registry=r
+        )
+        self.recall_gate_changes = Counter(
+            "liverank_recall_gate_changes_total", "Changes of who answers searches", ["to", "reason"], registry=r
+        )
+        self.index_builds = Counter("liverank_index_builds_total", "Approximate indexes built", ["outcome"], registry=r)
+        self.index_changed_rows = Gauge(
+            "liverank_index_changed_rows", "Rows changed since the approximate index was built", registry=r
+        )
         self.exploration_served = Counter(
             "liverank_exploration_served_total", "Streams served in exploration slots", registry=r
         )

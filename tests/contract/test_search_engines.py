@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.backend import visible_gpu
 from kernels.topk import masked_topk_reference
 from server.errors import ConfigError
-from server.retrieval.registry import ENGINE_NAMES, make_engine
+from server.retrieval.registry import ENGINE_NAMES, GPU_ENGINE_NAMES, make_engine
+from tests.engines import build_engine, write
 
 engines = pytest.mark.parametrize("name", ENGINE_NAMES)
 CAPACITY, DIM = 300, 12
@@ -21,8 +23,8 @@ CAPACITY, DIM = 300, 12
 
 def filled(name: str, seed: int = 0) -> tuple[Any, np.random.Generator]:
     rng = np.random.default_rng(seed)
-    engine: Any = make_engine(name, CAPACITY, DIM)
-    engine.embeddings[:] = rng.standard_normal((CAPACITY, DIM)).astype(np.float32)
+    engine: Any = build_engine(name, CAPACITY, DIM)
+    write(engine, slice(None), rng.standard_normal((CAPACITY, DIM)))
     return engine, rng
 
 
@@ -47,9 +49,7 @@ def of_mask_zero(batch: int) -> Any:
     return np.zeros(batch, np.int32)
 
 
-@engines
-@settings(max_examples=60, deadline=None)
-@given(
+searches = given(
     seed=st.integers(0, 2**32),
     batch=st.integers(0, 5),
     rows=st.integers(0, CAPACITY),
@@ -58,17 +58,33 @@ def of_mask_zero(batch: int) -> Any:
     k=st.integers(1, 2 * CAPACITY),
     distinct=st.sampled_from([1, 7, CAPACITY]),
 )
-def test_ids_and_scores_are_those_of_a_full_sort_under_any_masks(
+
+
+def assert_ids_and_scores_are_those_of_a_full_sort(
     name: str, seed: int, batch: int, rows: int, masks: int, share: float, k: int, distinct: int
 ) -> None:
     engine, rng = filled(name, seed)
-    engine.embeddings[:] = engine.embeddings[rng.integers(0, distinct, CAPACITY)]
+    written = engine.embeddings[rng.integers(0, distinct, CAPACITY)]
     if distinct == 7:
-        engine.embeddings[rng.integers(0, CAPACITY, 20), 0] = np.nan
-        engine.embeddings[rng.integers(0, CAPACITY, 20), 1] = np.inf
+        written[rng.integers(0, CAPACITY, 20), 0] = np.nan
+        written[rng.integers(0, CAPACITY, 20), 1] = np.inf
+    write(engine, slice(None), written)
     eligible = rng.random((masks, rows)) < share
     mask_of = rng.integers(0, masks, batch).astype(np.int32)
     assert_keeps_contract(engine, some_queries(rng, batch), eligible, mask_of, k)
+
+
+@pytest.mark.parametrize("name", sorted(set(ENGINE_NAMES) - {"exact_gpu"}))
+@settings(max_examples=60, deadline=None)
+@searches
+def test_ids_and_scores_are_those_of_a_full_sort_under_any_masks(name: str, **search: Any) -> None:
+    assert_ids_and_scores_are_those_of_a_full_sort(name, **search)
+
+
+@settings(max_examples=12, deadline=None)  # an interpreted kernel takes a millisecond per program
+@searches
+def test_ids_and_scores_on_the_gpu_are_those_of_a_full_sort_under_any_masks(**search: Any) -> None:
+    assert_ids_and_scores_are_those_of_a_full_sort("exact_gpu", **search)
 
 
 @engines
@@ -77,7 +93,7 @@ def test_a_row_written_is_found_by_the_next_search(name: str) -> None:
     query = some_queries(rng, 1)
     before = engine.search(query, everything(), of_mask_zero(1), 1)
     assert before.slots[0, 0] != 17
-    engine.embeddings[17] = 100 * query[0]
+    write(engine, 17, 100 * query[0])
     after = engine.search(query, everything(), of_mask_zero(1), 1)
     assert after.slots[0, 0] == 17
     np.testing.assert_array_equal(engine.embeddings[17], 100 * query[0])
@@ -119,7 +135,7 @@ def test_each_query_uses_its_own_mask(name: str) -> None:
 def test_rows_beyond_the_mask_are_not_searched(name: str) -> None:
     engine, rng = filled(name)
     query = some_queries(rng, 1)
-    engine.embeddings[100:] = 100 * query[0]
+    write(engine, slice(100, None), 100 * query[0])
     hits = engine.search(query, everything(93), of_mask_zero(1), CAPACITY)
     assert hits.slots.max() < 93
     assert (hits.slots[0, :93] >= 0).all()
@@ -152,7 +168,7 @@ def test_duplicated_embeddings_tie_by_slot_across_the_last_place(name: str) -> N
     engine, rng = filled(name)
     query = some_queries(rng, 1)
     copies = [290, 5, 77, 150, *range(200, 260)]
-    engine.embeddings[copies] = 100 * query[0]
+    write(engine, copies, 100 * query[0])
     hits = engine.search(query, everything(), of_mask_zero(1), 4)
     assert hits.slots[0].tolist() == [5, 77, 150, 200]
     assert len(set(hits.scores[0].tolist())) == 1
@@ -161,9 +177,9 @@ def test_duplicated_embeddings_tie_by_slot_across_the_last_place(name: str) -> N
 @engines
 def test_rows_that_are_not_finite_are_never_returned_and_take_no_place(name: str) -> None:
     engine, rng = filled(name)
-    engine.embeddings[:150] = np.nan
-    engine.embeddings[150:200] = np.inf  # a product of +inf, -inf or NaN
-    engine.embeddings[200:250, 0] = -np.inf
+    write(engine, slice(0, 150), np.nan)
+    write(engine, slice(150, 200), np.inf)  # a product of +inf, -inf or NaN
+    write(engine, slice(200, 250), np.r_[-np.inf, np.ones(DIM - 1)])
     hits = engine.search(some_queries(rng, 4), everything(), of_mask_zero(4), 60)
     assert np.sort(hits.slots[:, :50]).tolist() == [list(range(250, 300))] * 4
     assert (hits.slots[:, 50:] == -1).all()
@@ -172,13 +188,13 @@ def test_rows_that_are_not_finite_are_never_returned_and_take_no_place(name: str
 @pytest.mark.parametrize("k", [5, 150])  # FAISS selects in another way from k = 100 on
 def test_engines_agree_bit_for_bit_on_many_rows(k: int) -> None:
     rng = np.random.default_rng(11)
-    rows = rng.standard_normal((20_000, 33)).astype(np.float32)[rng.integers(0, 4_000, 20_000)]
+    rows = rng.standard_normal((9_000, 33)).astype(np.float32)[rng.integers(0, 4_000, 9_000)]
     queries = rng.standard_normal((6, 33)).astype(np.float32)
-    eligible, mask_of = rng.random((2, 20_000)) < 0.5, np.array([0, 1, 0, 1, 1, 0], np.int32)
+    eligible, mask_of = rng.random((2, 9_000)) < 0.5, np.array([0, 1, 0, 1, 1, 0], np.int32)
     answers = []
     for name in ENGINE_NAMES:
-        engine = make_engine(name, *rows.shape)
-        engine.embeddings[:20_000] = rows
+        engine = build_engine(name, *rows.shape)
+        write(engine, slice(None), rows)
         answers.append(engine.search(queries, eligible, mask_of, k))
     for other in answers[1:]:
         np.testing.assert_array_equal(answers[0].slots, other.slots)
@@ -203,6 +219,21 @@ def test_a_bad_search_argument_is_refused_by_name(name: str, argument: str, bad:
     good = {"queries": some_queries(rng, 1), "eligible": everything(), "mask_of": of_mask_zero(1), "k": 3}
     with pytest.raises(ValueError, match=f"^{argument}:"):
         engine.search(**{**good, argument: bad})
+
+
+@pytest.mark.parametrize("name", ENGINE_NAMES)
+def test_a_query_without_direction_finds_the_lowest_eligible_slots(name: str) -> None:
+    engine, _ = filled(name)
+    hits = engine.search(np.zeros((1, DIM), np.float32), everything(), of_mask_zero(1), 3)
+    assert hits.slots.tolist() == [[0, 1, 2]] and not hits.scores.any()
+
+
+@pytest.mark.skipif(visible_gpu() is not None, reason="a GPU is here")
+@pytest.mark.parametrize("name", GPU_ENGINE_NAMES)
+def test_a_gpu_engine_without_a_gpu_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    with pytest.raises(ConfigError, match=f"{name} needs a GPU, and this process has none"):
+        make_engine(name, 4, 4)
 
 
 def test_an_unknown_engine_is_refused_with_the_names_there_are() -> None:

@@ -29,7 +29,7 @@ class World:
         settings = small_settings()
         features = FeatureSet.load(TableSettings().features_file)
         self.search = ExactSearch(settings.capacity, settings.embedding_dim)
-        self.table = LiveTable(settings, self.search.embeddings)
+        self.table = LiveTable(settings, self.search.embeddings, self.search.write_rows)
         self.book = RuleBook.load(RankSettings().rules_file, features.names)
         self.streams = StreamState(self.table, features, self.book)
         rng = np.random.default_rng(1)
