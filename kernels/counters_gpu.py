@@ -66,9 +66,7 @@ def _add_in_order(counters_ptr, sorted_ptr, order_ptr, amounts_ptr, entries, BLO
     tl.store(counters_ptr + cell, total, mask=owned)
 
 
-def scatter_decayed(
-    counters: torch.Tensor, keys: torch.Tensor, amounts: torch.Tensor, *, deterministic: bool
-) -> None:
+def scatter_decayed(counters: torch.Tensor, keys: torch.Tensor, amounts: torch.Tensor, *, deterministic: bool) -> None:
     """Adds m entries of :func:`kernels.counters.grow_events` to ``counters`` float32[C, N_COUNTERS, 3].
 
     Args:

@@ -96,10 +96,7 @@ def _compute(
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < rows
-    if ALL_ROWS:
-        row = at.to(tl.int64)
-    else:
-        row = tl.load(slots_ptr + at, mask=inside, other=0).to(tl.int64)
+    row = (at if ALL_ROWS else tl.load(slots_ptr + at, mask=inside, other=0)).to(tl.int64)
     age_ms = now_ms - tl.load(started_ptr + row, mask=inside, other=0)
     window_ms = tl.maximum(age_ms, _MIN_AGE_MS)
     full_1 = _saturation(window_ms, _HALF_1)

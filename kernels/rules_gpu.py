@@ -70,10 +70,7 @@ def _assess(
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < rows
-    if ALL_ROWS:
-        row = at
-    else:
-        row = tl.load(slots_ptr + at, mask=inside, other=0)
+    row = at if ALL_ROWS else tl.load(slots_ptr + at, mask=inside, other=0)
     before = tl.load(bits_ptr + row, mask=inside, other=0)
     bits = _built_in(state_ptr, lease_ptr, moderation_ptr, row, inside, now_ms)
     boost = tl.zeros((BLOCK,), tl.float32)

@@ -235,9 +235,7 @@ class FeatureSet:
             elif op == Op.GAUGE:
                 # Ages are whole milliseconds: one is beyond a limit exactly when it is beyond the limit's floor.
                 longest_ms = float(np.iinfo(np.int64).max // 2)
-                codes[f, Code.STALE_AFTER_MS] = math.floor(
-                    min(max(d["stale_after_s"] * 1000, -longest_ms), longest_ms)
-                )
+                codes[f, Code.STALE_AFTER_MS] = math.floor(min(max(d["stale_after_s"] * 1000, -longest_ms), longest_ms))
             elif "of" in d:
                 codes[f, Code.OF] = COUNTERS.index(d["of"])
             if "per" in d:

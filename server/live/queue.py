@@ -44,16 +44,12 @@ class DeviceQueue:
         """See `Accumulators`."""
         self._settle_cleared()
         ones = np.ones(len(events.slots), np.float64)
-        self._grown.append(
-            grow_events(
-                events.slots, events.first, events.value, events.second, ones, events.time_ms, landmark_ms
-            )  # fmt: skip
-        )
-        self._observed.append(
-            Observed(
-                events.slots, events.time_ms, events.viewers.astype(np.float32), events.viewer_hash, events.is_chat
-            )
-        )
+        grown = grow_events(
+            events.slots, events.first, events.value, events.second, ones, events.time_ms, landmark_ms
+        )  # fmt: skip
+        viewers = events.viewers.astype(np.float32)
+        self._grown.append(grown)
+        self._observed.append(Observed(events.slots, events.time_ms, viewers, events.viewer_hash, events.is_chat))
         self._waiting += len(events.slots)
         if self._waiting >= MOST_EVENTS:
             self.flush()

@@ -49,9 +49,7 @@ class Both:
         self.boost = np.zeros(len(columns.state), np.float32)
         self.device_bits, self.device_boost = put(self.bits), put(self.boost)
 
-    def assess(
-        self, values: NDArray[np.float32], slots: NDArray[np.int32] | None, reported: NDArray[np.bool_]
-    ) -> None:
+    def assess(self, values: NDArray[np.float32], slots: NDArray[np.int32] | None, reported: NDArray[np.bool_]) -> None:
         at = np.arange(len(values), dtype=np.int32) if slots is None else slots
         found = bits.assess(self.book, self.names, values, reported, self.bits[at])
         self.bits[at] = found | bits.built_in(self.columns, at, NOW_MS)
@@ -73,7 +71,9 @@ def values_near(book: RuleBook, names: tuple[str, ...], rng: np.random.Generator
     for f, name in enumerate(names):
         edges = [0.0, *(e for r in book.rules.values() for c in r.when if c.feature == name
                         for e in (c.above, c.below, c.until) if e is not None)]  # fmt: skip
-        near = np.float32(rng.choice(edges, rows)) + rng.choice([-1.0, 0.0, 1.0], rows) * rng.choice([0.0, 1e-3, 9], rows)
+        near = np.float32(rng.choice(edges, rows)) + rng.choice([-1.0, 0.0, 1.0], rows) * rng.choice(
+            [0.0, 1e-3, 9], rows
+        )
         values[:, f] = near
     return values
 
@@ -152,5 +152,6 @@ def test_a_table_of_the_wrong_size_is_named() -> None:
     with pytest.raises(ValueError, match=r"reported: must have shape \[3\]"):
         assess(
             put(np.zeros((3, 3), np.float32)), None, tables(RuleBook({}, {}, ""), NAMES, np.ones(2, np.bool_)),
-            row_state(columns), now_ms=NOW_MS, rule_bits=put(np.zeros(3, np.uint32)), boost=put(np.zeros(3, np.float32)),
+            row_state(columns), now_ms=NOW_MS,
+            rule_bits=put(np.zeros(3, np.uint32)), boost=put(np.zeros(3, np.float32)),
         )  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from liverank.v1 import ingest_pb2 as pb
 from numpy.typing import NDArray
 
 from kernels import fence
@@ -99,6 +100,30 @@ _ACTIONS = st.lists(
 )
 
 
+def _event(action: str, name: str, n: int, at_ms: int, epoch: int) -> pb.Event:
+    match action:
+        case "start":
+            vector = [1.0, float(epoch), 0.0, 1e-6]
+            return started(
+                name, n, at_ms, epoch, age_rating=epoch % 18, language=f"l{epoch}", embedding=vector
+            )  # fmt: skip
+        case "again":
+            return started(name, n, at_ms, epoch, category="c")
+        case "view":
+            return event(name, n, at_ms, viewer_count={"count": n * 37 % 101})
+        case "join":
+            return event(name, n, at_ms, viewer=f"v{n % 7}", joined={})
+        case "chat":
+            return event(name, n, at_ms, viewer=f"v{n % 5}", chatted={"count": 3})
+        case "bid":
+            return event(name, n, at_ms, bid={"amount_minor": 123 * n, "currency": "USD"})
+        case "beat":
+            return event(name, n, at_ms, epoch, heartbeat={"media_sequence": n})
+        case "end":
+            return event(name, n, at_ms, epoch, ended={})
+    return event(name, n, at_ms, moderated={"action": fence.BLOCK if n % 2 else fence.UNBLOCK})
+
+
 @settings(max_examples=30, deadline=None)
 @given(_ACTIONS)
 def test_any_history_leaves_the_same_columns(actions: list[tuple[int, str, int, int, bool]]) -> None:
@@ -111,22 +136,9 @@ def test_any_history_leaves_the_same_columns(actions: list[tuple[int, str, int, 
         name, at_ms = f"s{stream}", now_ms + skew_ms
         epochs[stream] += action == "start"
         epoch = max(1, epochs[stream])
-        made = {
-            "start": lambda: started(name, n, at_ms, epoch, age_rating=epoch % 18, language=f"l{epoch}",
-                                     embedding=[1.0, float(epoch), 0.0, 1e-6]),
-            "again": lambda: started(name, n, at_ms, epoch, category="c"),
-            "view": lambda: event(name, n, at_ms, viewer_count={"count": n * 37 % 101}),
-            "join": lambda: event(name, n, at_ms, viewer=f"v{n % 7}", joined={}),
-            "chat": lambda: event(name, n, at_ms, viewer=f"v{n % 5}", chatted={"count": 3}),
-            "bid": lambda: event(name, n, at_ms, bid={"amount_minor": 123 * n, "currency": "USD"}),
-            "beat": lambda: event(name, n, at_ms, epoch, heartbeat={"media_sequence": n}),
-            "end": lambda: event(name, n, at_ms, epoch, ended={}),
-            "block": lambda: event(name, n, at_ms, moderated={"action": fence.BLOCK if n % 2 else fence.UNBLOCK}),
-        }[action]  # fmt: skip
-        n = i + 1
-        one = made()
-        n += 1_000
-        batch = (one, made()) if i % 3 == 0 else (one,)
+        batch = [_event(action, name, i + 1, at_ms, epoch)]
+        if i % 3 == 0:
+            batch.append(_event(action, name, i + 1_001, at_ms, epoch))
         for table in (plain, queued):
             apply(table, *batch, at_ms=now_ms)
         if read:
@@ -145,6 +157,18 @@ def test_a_row_given_to_another_session_before_anybody_read_holds_nothing_of_the
     assert column(queue, "counters").max() == 0.0, "nothing is taken over before somebody reads"
     assert_mirrors(queue, plain.columns)
     assert plain.columns.viewers[0] == 0.0 and plain.columns.counters[0].any()
+
+
+def test_events_that_wait_when_the_landmark_moves_are_counted_for_the_old_one() -> None:
+    long = small_settings(lease_ms=10_000_000)
+    plain = new_table(long)
+    queued, queue = device_table(long)
+    for table in (plain, queued):
+        apply(table, started("s", 1), event("s", 2, liked={"count": 3}))
+        later_ms = T0 + 2 * LANDMARK_STEP_MS + 5
+        apply(table, event("s", 3, later_ms, liked={"count": 5}), at_ms=later_ms)
+        assert table.landmark_ms == T0 + 2 * LANDMARK_STEP_MS
+    assert_mirrors(queue, plain.columns)
 
 
 def test_a_flush_is_one_copy_and_nothing_is_sent_for_nothing() -> None:

@@ -170,6 +170,14 @@ def test_tombstones_outlive_late_events_and_then_free_the_row(table: LiveTable) 
     assert state(table) == fence.FREE and table.columns.generation[0] == 1
 
 
+def test_a_freed_row_holds_nothing_of_what_it_held(table: LiveTable) -> None:
+    apply(table, event("s", 2, viewer="v", chatted={}), event("s", 3, viewer_count={"count": 7}), heartbeat(4, 5, T0))
+    apply(table, event("s", 5, epoch=1, ended={}))
+    table.expire(T0 + TOMBSTONE)
+    for name, column in vars(table.columns).items():
+        assert name == "generation" or not column[0].any(), name
+
+
 def test_a_full_table_refuses_a_start_and_evicts_nobody() -> None:
     table = new_table(small_settings(capacity=2))
     codes = apply(table, started("a", 1), started("b", 2), started("c", 3), event("c", 4, chatted={})).codes
