@@ -16,8 +16,8 @@ _BLOCK = 32
 @triton.jit
 def _blend(
     slots_ptr, sources_ptr, queries_ptr, trend_ptr, boost_ptr, started_ptr, embedding_ptr, weights_ptr,
-    utility_ptr, similarity_ptr,
-    width, batch, followed_bit, fresh_bit, now_ms, fresh_age_ms,
+    params_ptr, utility_ptr, similarity_ptr,
+    width, batch, followed_bit, fresh_bit,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
@@ -44,6 +44,7 @@ def _blend(
         utility += tl.where(similarity < 0.0, 0.0, tl.load(weights_ptr + batch + b) * similarity)
     sources = tl.load(sources_ptr + at, mask=inside, other=0)
     utility += tl.where((sources & followed_bit) != 0, tl.load(weights_ptr + 2 * batch + b), 0.0)
+    now_ms, fresh_age_ms = tl.load(params_ptr + 5), tl.load(params_ptr + 4)
     age = (now_ms - tl.load(started_ptr + row, mask=valid, other=0)).to(tl.float32) / fresh_age_ms.to(tl.float32)
     youth = tl.maximum(1.0 - age, 0.0)
     utility += tl.where((sources & fresh_bit) != 0, tl.load(weights_ptr + 3 * batch + b) * youth, 0.0)
@@ -60,11 +61,10 @@ def blend(
     started_ms: torch.Tensor,
     embeddings: torch.Tensor,
     weights: torch.Tensor,
+    params: torch.Tensor,
     *,
     followed_bit: int,
     fresh_bit: int,
-    now_ms: int,
-    fresh_age_ms: int,
     utility: torch.Tensor,
     similarity: torch.Tensor,
 ) -> None:
@@ -74,6 +74,7 @@ def blend(
         slots: int32[B, K]; -1 (anywhere) is padding. sources: int32[B, K], bit set. queries: float32[B, D].
         trend, boost: float32[C]. started_ms: int64[C]. embeddings: float32[C, D].
         weights: float32[6, B] in the order of :class:`kernels.blend.BlendWeights`.
+        params: int64[8]; [4] fresh_age_ms, [5] time of the tick, ms.
 
     Agrees with the CPU to 1e-5 relative (sums are added in another order).
 
@@ -92,13 +93,14 @@ def blend(
     require_tensor("started_ms", started_ms, torch.int64, trend.shape, device)
     require_tensor("embeddings", embeddings, torch.float32, (trend.shape[0], queries.shape[1]), device)
     require_tensor("weights", weights, torch.float32, (len(BlendWeights._fields), batch), device)
+    require_tensor("params", params, torch.int64, (8,), device)
     require_tensor("utility", utility, torch.float32, (batch, width), device)
     require_tensor("similarity", similarity, torch.float32, (batch, width), device)
     if slots.numel() == 0:
         return
     _blend[(batch, triton.cdiv(width, _BLOCK))](
-        slots, sources, queries, trend, boost, started_ms, embeddings, weights, utility, similarity,
-        width, batch, followed_bit, fresh_bit, now_ms, fresh_age_ms,
+        slots, sources, queries, trend, boost, started_ms, embeddings, weights, params, utility, similarity,
+        width, batch, followed_bit, fresh_bit,
         DIM=queries.shape[1], DIM_PADDED=triton.next_power_of_2(queries.shape[1]), BLOCK=_BLOCK,
     )  # fmt: skip
 
@@ -106,7 +108,7 @@ def blend(
 AOT = [
     Compiled(
         _blend,
-        "*i32 *i32 *fp32 *fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32 i64 i32",
+        "*i32 *i32 *fp32 *fp32 *fp32 *i64 *fp32 *fp32 *i64 *fp32 *fp32 i32 i32 i32 i32",
         {"DIM": 64, "DIM_PADDED": 64, "BLOCK": _BLOCK},
     )
 ]

@@ -26,15 +26,11 @@ LIVENESS = np.dtype(
 """What moves with nearly every heartbeat: 32 bytes."""
 
 
-def identity(dim: int) -> np.dtype[np.void]:
-    """Record of everything else about a row: 96 bytes and the embedding, rounded up to 16."""
-    record = [
-        ("slot", "<i4"), ("creator", "<i4"), ("language", "<i4"), ("category", "<i4"), ("region", "<i4"),
-        ("age_rating", "<i4"), ("id_length", "<i4"), ("", "<i4"), ("id_words", "<i8", (ID_WORDS,)),
-        ("embedding", "<f4", (dim,)),
-    ]  # fmt: skip
-    pad = -(96 + 4 * dim) % 16
-    return np.dtype([*record, ("pad", "u1", (pad,))] if pad else record)
+IDENTITY = np.dtype(
+    [("slot", "<i4"), ("creator", "<i4"), ("language", "<i4"), ("category", "<i4"), ("region", "<i4"),
+     ("age_rating", "<i4"), ("id_length", "<i4"), ("", "<i4"), ("id_words", "<i8", (ID_WORDS,))]
+)  # fmt: skip
+"""What moves when a session starts: 96 bytes. The embedding is the search engine's (kernels/topk_gpu.py)."""
 
 
 def id_words(ids: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -63,8 +59,6 @@ class IdentityTarget(NamedTuple):
     age_rating: torch.Tensor  # int32[C]
     id_lengths: torch.Tensor  # uint8[C]
     id_words: torch.Tensor  # int64[C, 8]
-    embedding: torch.Tensor  # float32[C, D]
-    embedding16: torch.Tensor  # float16[C, D]
 
 
 class DerivedTarget(NamedTuple):
@@ -93,9 +87,8 @@ def _store_liveness(
 
 @triton.jit(do_not_specialize=["records"])
 def _store_identity(
-    words_ptr, longs_ptr, floats_ptr, creator_ptr, language_ptr, category_ptr, region_ptr, age_rating_ptr,
-    length_ptr, id_ptr, embedding_ptr, embedding16_ptr, records,
-    WORDS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    words_ptr, longs_ptr, creator_ptr, language_ptr, category_ptr, region_ptr, age_rating_ptr, length_ptr, id_ptr,
+    records, WORDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = at < records
@@ -110,11 +103,6 @@ def _store_identity(
     i = tl.arange(0, 8)[None, :]
     part = tl.load(longs_ptr + at[:, None] * (WORDS // 2) + 4 + i, mask=inside[:, None] & (i >= 0), other=0)
     tl.store(id_ptr + row[:, None] * 8 + i, part, mask=inside[:, None] & (i >= 0))
-    d = tl.arange(0, DIM_PADDED)[None, :]
-    wanted = inside[:, None] & (d < DIM)
-    value = tl.load(floats_ptr + at[:, None] * WORDS + 24 + d, mask=wanted, other=0.0)
-    tl.store(embedding_ptr + row[:, None] * DIM + d, value, mask=wanted)
-    tl.store(embedding16_ptr + row[:, None] * DIM + d, value.to(tl.float16), mask=wanted)
 
 
 @triton.jit(do_not_specialize=["listed"])
@@ -149,27 +137,25 @@ def store_liveness(records: torch.Tensor, target: LivenessTarget) -> None:
 
 
 def store_identity(records: torch.Tensor, target: IdentityTarget) -> None:
-    """Writes n records `identity`, given as int32[n, words], to their rows; embedding16 is rounded from embedding.
+    """Writes n records `IDENTITY`, given as int32[n, 24], to their rows.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape, layout or device; the message names it.
 
-    Cost: 96 + 4 D bytes read and 85 + 6 D written per record.
+    Cost: 96 bytes read and 85 written per record.
     """
     device = records.device
-    require_tensor("embedding", target.embedding, torch.float32, (None, None), device)
-    rows, dim = target.embedding.shape
-    require_tensor("records", records, torch.int32, (None, identity(dim).itemsize // 4), device)
+    require_tensor("records", records, torch.int32, (None, IDENTITY.itemsize // 4), device)
+    require_tensor("creator", target.creator, torch.int32, (None,), device)
+    rows = target.creator.shape[0]
     for name in ("creator", "language", "category", "region", "age_rating"):
         require_tensor(name, getattr(target, name), torch.int32, (rows,), device)
     require_tensor("id_lengths", target.id_lengths, torch.uint8, (rows,), device)
     require_tensor("id_words", target.id_words, torch.int64, (rows, ID_WORDS), device)
-    require_tensor("embedding16", target.embedding16, torch.float16, (rows, dim), device)
     n, words = records.shape
     if n:
         _store_identity[(triton.cdiv(n, _TILE),)](
-            records, records.view(torch.int64), records.view(torch.float32), *target, n,
-            WORDS=words, DIM=dim, DIM_PADDED=triton.next_power_of_2(dim), BLOCK=_TILE,
+            records, records.view(torch.int64), *target, n, WORDS=words, BLOCK=_TILE,
         )  # fmt: skip
 
 
@@ -199,8 +185,8 @@ AOT = [
     Compiled(_store_liveness, "*i32 *i64 *u8 *u8 *i64 *i64 *i64 i32", {"BLOCK": _BLOCK}),
     Compiled(
         _store_identity,
-        "*i32 *i64 *fp32 *i32 *i32 *i32 *i32 *i32 *u8 *i64 *fp32 *fp16 i32",
-        {"WORDS": identity(64).itemsize // 4, "DIM": 64, "DIM_PADDED": 64, "BLOCK": _TILE},
+        "*i32 *i64 *i32 *i32 *i32 *i32 *i32 *u8 *i64 i32",
+        {"WORDS": IDENTITY.itemsize // 4, "BLOCK": _TILE},
     ),
     Compiled(_forget, "*i32 *i32 *fp32 *fp32 *i32 i32", {"BLOCK": _BLOCK, "BITS": UNASSESSED}),
 ]

@@ -356,7 +356,7 @@ class Engine:
             return
         slots = result.slots
         same = (self.streams.session[slots] == result.sessions) & np.isfinite(result.scores)
-        self.streams.trend[slots[same]] = result.scores[same]
+        self.streams.set_trend(slots[same], result.scores[same])
         self.pipeline.snapshot.trend_order = result.order
         self.pipeline.snapshot.views.clear()
 

@@ -116,7 +116,7 @@ def _cases(backend: Backend, n: int, batches: Sequence[int]) -> Iterator[_Case]:
 
 def _filled_table(backend: Backend, n: int, rng: np.random.Generator) -> tuple[DeviceTable, Columns]:
     """Every row live, every session column filled; and the host's columns."""
-    device = DeviceTable(backend, n, DIM)
+    device = DeviceTable(backend, n)
     c = Columns.allocate(n, rng.standard_normal((n, DIM)).astype(np.float32), with_sessions=False)
     c.state[:], c.epoch[:], c.lease_expires_ms[:] = fence.LIVE, 1, NOW_MS + 15_000
     c.started_ms[:] = NOW_MS - rng.integers(0, 7_200_000, n)

@@ -54,6 +54,9 @@ class Accumulators(Protocol):
     def features(self, features: FeatureSet, slots: NDArray[np.int32], now_ms: int, landmark_ms: int) -> Features:
         """`FeatureSet.compute` of rows int32[n]."""
 
+    def viewers(self, rows: int) -> NDArray[np.float32]:
+        """float32[rows] on the host: viewers last reported for each of the first rows."""
+
 
 class HostAccumulators:
     """Session columns in main memory: those of ``columns``."""
@@ -90,3 +93,7 @@ class HostAccumulators:
     def features(self, features: FeatureSet, slots: NDArray[np.int32], now_ms: int, landmark_ms: int) -> Features:
         """See `Accumulators`."""
         return features.compute(self._columns, slots, now_ms, landmark_ms)
+
+    def viewers(self, rows: int) -> NDArray[np.float32]:
+        """See `Accumulators`. The column itself."""
+        return self._columns.viewers[:rows]

@@ -64,8 +64,8 @@ class DeviceTable:
         columns: name → array of ``backend.xp``. tensors: name → the torch tensor over the same memory.
     """
 
-    def __init__(self, backend: Backend, capacity: int, embedding_dim: int, deterministic: bool = True) -> None:
-        self.backend, self.capacity, self.dim = backend, capacity, embedding_dim
+    def __init__(self, backend: Backend, capacity: int, deterministic: bool = True) -> None:
+        self.backend, self.capacity = backend, capacity
         self.deterministic = deterministic
         self.rows = 0
         c, xp = capacity, backend.xp
@@ -75,8 +75,7 @@ class DeviceTable:
             "epoch": (np.int64, (c,)), "started_ms": (np.int64, (c,)),
             "creator": (np.int32, (c,)), "language": (np.int32, (c,)), "category": (np.int32, (c,)),
             "region": (np.int32, (c,)), "age_rating": (np.int32, (c,)), "id_lengths": (np.uint8, (c,)),
-            "id_words": (np.int64, (c, words)), "embedding": (np.float32, (c, embedding_dim)),
-            "embedding16": (np.float16, (c, embedding_dim)),
+            "id_words": (np.int64, (c, words)),
             "last_event_ms": (np.int64, (c,)), "viewers": (np.float32, (c,)), "viewers_ms": (np.int64, (c,)),
             "counters": (np.float32, (c, N_COUNTERS, len(HALF_LIVES_MS))),
             "viewer_registers": (np.uint8, (c, SKETCH_REGISTERS)),
@@ -120,7 +119,7 @@ class DeviceTable:
         Raises:
             ValueError: a slot is outside the table; nothing was changed.
 
-        Cost: bytes over PCIe are 32 per liveness row, 96 + 4 D per identity row, 4 per cleared or forgotten row,
+        Cost: bytes over PCIe are 32 per liveness row, 96 per identity row, 4 per cleared or forgotten row,
         16 per counter that an event adds to, 25 per event.
         """
         liveness, identity = np.unique(changes.liveness), np.unique(changes.identity)
@@ -147,7 +146,7 @@ class DeviceTable:
         if len(liveness):
             layout["liveness"] = (rows_gpu.LIVENESS, (len(liveness),))
         if len(identity):
-            layout["identity"] = (rows_gpu.identity(self.dim), (len(identity),))
+            layout["identity"] = (rows_gpu.IDENTITY, (len(identity),))
             self.rows = max(self.rows, int(identity[-1]) + 1)
         if not layout:
             return
@@ -271,7 +270,7 @@ def _pack_liveness(records: NDArray[Any], slots: NDArray[np.int32], host: Column
 
 def _pack_identity(records: NDArray[Any], slots: NDArray[np.int32], host: Columns) -> None:
     records["slot"] = slots
-    for name in ("creator", "language", "category", "region", "age_rating", "embedding"):
+    for name in ("creator", "language", "category", "region", "age_rating"):
         records[name] = getattr(host, name)[slots]
     records["id_length"] = host.id_lengths[slots]
     records["id_words"] = rows_gpu.id_words(host.ids[slots])

@@ -89,6 +89,11 @@ class DeviceQueue:
         values, states = self.device.features(program, at, len(slots), now_ms, landmark_ms)
         return Features(self.device.to_host(values), self.device.to_host(states))
 
+    def viewers(self, rows: int) -> NDArray[np.float32]:
+        """See `Accumulators`. Waits for the device: once a tick at most."""
+        self.flush()
+        return self.device.to_host(self.device.tensors["viewers"][:rows])
+
     def flush(self) -> None:
         """Takes over everything that waits. Call before reading the device's columns."""
         self._settle_cleared()

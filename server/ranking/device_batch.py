@@ -10,30 +10,35 @@ import torch
 from numpy.typing import NDArray
 
 from kernels.backend import Backend
+from kernels.tally_gpu import SIZE as TALLY_SIZE
 from kernels.topk_gpu import TopkBuffers
 from kernels.wire_gpu import ENTRY_BYTES
 from server.config import Settings
 from server.ranking.device_block import Block, Field
-from server.ranking.device_views import MAX_VIEWS
+from server.ranking.device_views import MAX_VIEWS, PARAMS
 from server.retrieval.query import QueryBatch
-from server.retrieval.sources import SOURCES, Proposals
+from server.retrieval.sources import Proposals
+from server.retrieval.view import Snapshot
 
 BUCKETS = (1, 8, 32, 64, 128, 256)
 """Batches are padded to the next of these: one captured graph each."""
-NOW_MS, ROWS, REQUESTS, EXCLUDE_BITS, FRESH_AGE_MS = range(5)  # places in ``params``
+EXCLUDED = 256
+"""Streams that one request may exclude on the device."""
+MOST_CANDIDATES = 1024
+"""What the slate kernel takes without spilling registers (kernels/slate_gpu.py)."""
+_PER_REQUEST = ("limits", "explore_slots", "creator_caps", "category_caps", "filter_of")
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Fixed lengths, from the settings: no batch may need more than it was given.
+    """Fixed lengths, from the settings; a batch that needs more is ranked on the host.
 
-    personal, followed, excluded, view: proposals per request of each kind. merged: all of them, padded to a
-    power of two. picks: slate and reserve. shown: the longest slate.
+    personal, followed, view: proposals per request of each kind; merged: all of them, a power of two.
+    shown: the longest slate; picks: with its reserve.
     """
 
     personal: int
     followed: int
-    excluded: int
     view: int
     merged: int
     picks: int
@@ -41,43 +46,32 @@ class Widths:
 
     @classmethod
     def of(cls, settings: Settings) -> Widths:
-        """Widths that fit the settings; long view lists are given what is left of 2,048 candidates."""
+        """As narrow as the settings allow: views get room for 16 categories and 16 languages, or what is left."""
         retrieval, rank = settings.retrieval, settings.rank
         personal, followed = max(retrieval.personal, 1), max(retrieval.followed, 1)
-        excluded = 256
-        wanted = retrieval.trending + retrieval.fresh + 16 * 2 * retrieval.trending_per_group
-        merged = 512
-        while merged < personal + followed + wanted and merged < 2048:
-            merged *= 2
-        return cls(
-            personal=personal,
-            followed=followed,
-            excluded=excluded,
-            view=merged - personal - followed,
-            merged=merged,
-            picks=rank.max_limit + rank.reserve,
-            shown=rank.max_limit,
-        )
+        wanted = personal + followed + retrieval.trending + retrieval.fresh + 32 * retrieval.trending_per_group
+        merged = min(MOST_CANDIDATES, 1 << (wanted - 1).bit_length())
+        view = max(1, merged - personal - followed)
+        return cls(personal, followed, view, merged, rank.max_limit + rank.reserve, rank.max_limit)
 
 
 class RankBuffers:
     """One bucket of ``batch`` requests.
 
-    inputs, outputs: `Block`s, one copy each way. work: everything between, torch tensors on the device.
+    inputs, outputs: `Block`s, one copy each way. work: name → torch tensor, what stays on the device. topk: scratch
+    of the search. graph: the captured queue of kernels, once there is one.
     """
 
     def __init__(self, batch: int, widths: Widths, settings: Settings, backend: Backend) -> None:
-        b, w = batch, widths
-        dim = settings.table.embedding_dim
-        per_request = [(name, np.int32) for name in _INT32]
+        b, w, dim = batch, widths, settings.table.embedding_dim
         self.batch, self.widths = batch, widths
         self.inputs = Block(
             [
-                Field("params", np.int64, (8,)), Field("queries", np.float32, (b, dim)),
-                *(Field(name, dtype, (b,)) for name, dtype in per_request),
+                Field("params", np.int64, (PARAMS,)), Field("queries", np.float32, (b, dim)),
+                *(Field(name, np.int32, (b,)) for name in _PER_REQUEST),
                 Field("seeds", np.int64, (b,)), Field("diversity", np.float32, (b,)),
                 Field("weights", np.float32, (6, b)), Field("followed", np.int32, (b, w.followed)),
-                Field("excluded", np.int32, (b, w.excluded)),
+                Field("excluded", np.int32, (b, EXCLUDED)),
             ],
             backend,
         )  # fmt: skip
@@ -86,46 +80,60 @@ class RankBuffers:
                 Field("wire", np.uint8, (b, w.shown * ENTRY_BYTES)), Field("wire_lengths", np.int32, (b,)),
                 Field("slots", np.int32, (b, w.shown)), Field("scores", np.float32, (b, w.shown)),
                 Field("sources", np.int32, (b, w.shown)), Field("exploration", np.float32, (b, w.shown)),
-                Field("counts", np.int32, (b,)), Field("drops", np.uint8, (b, w.picks)),
-                Field("pick_slots", np.int32, (b, w.picks)), Field("pick_scores", np.float32, (b, w.picks)),
-                Field("pick_sources", np.int32, (b, w.picks)), Field("pick_exploration", np.float32, (b, w.picks)),
-                Field("n_picks", np.int32, (b,)), Field("unproven", np.uint8, (b,)), Field("tally", np.int32, (64,)),
+                Field("counts", np.int32, (b,)), Field("pick_slots", np.int32, (b, w.picks)),
+                Field("drops", np.uint8, (b, w.picks)), Field("unproven", np.uint8, (b,)),
+                Field("tally", np.int32, (TALLY_SIZE,)),
             ],
             backend,
         )  # fmt: skip
-        device = torch.device("cuda" if backend.on_gpu else "cpu")
-        self.topk = TopkBuffers.allocate(b, w.personal, device)
+        shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "personal": (np.int32, (b, w.personal)), "personal_scores": (np.float32, (b, w.personal)),
+            "slots": (np.int32, (b, w.merged)), "sources": (np.int32, (b, w.merged)),
+            "merged": (np.int32, (b,)), "dropped": (np.int32, (b,)),
+            "utility": (np.float32, (b, w.merged)), "similarity": (np.float32, (b, w.merged)),
+            "order": (np.int64, (b, w.merged)), "picks": (np.int32, (b, w.picks)),
+            "exploration": (np.float32, (b, w.picks)), "n_slate": (np.int32, (b,)), "n_reserve": (np.int32, (b,)),
+            "outcome": (np.uint8, (b, w.merged)),
+        }  # fmt: skip
+        self._columns = {name: backend.xp.zeros(shape, dtype) for name, (dtype, shape) in shapes.items()}
+        self.work: dict[str, torch.Tensor] = {name: backend.view(column) for name, column in self._columns.items()}
+        device = self.work["slots"].device
+        self.topk = TopkBuffers.allocate(b, w.personal, settings.table.capacity, dim, MAX_VIEWS, device)
         self.graph: Any = None
 
     def fill(
-        self, batch: QueryBatch, places: NDArray[np.int32], followed: Proposals, now_ms: int, rows: int,
-        exclude_bits: int, fresh_age_ms: int,
-    ) -> None:  # fmt: skip
-        """Writes a batch into the host side; the rows behind it become requests that want nothing."""
+        self, batch: QueryBatch, places: NDArray[np.int32], followed: Proposals, snapshot: Snapshot, now_ms: int
+    ) -> None:
+        """Writes a batch into the host side; the rows behind it become requests that want nothing.
+
+        Args:
+            places: int32[V], where the batch's filters are among the tick's. now_ms: for the last check.
+        """
+        self.inputs.settle()
         n, host = len(batch), self.inputs.host
-        host["params"][:5] = (now_ms, rows, n, exclude_bits, fresh_age_ms)
+        exclude_bits, fresh_age_ms = snapshot.streams.book.exclude_bits, snapshot.settings.fresh_age_ms
+        host["params"][:6] = (now_ms, snapshot.rows, n, exclude_bits, fresh_age_ms, snapshot.now_ms)
         host["queries"][:n], host["queries"][n:] = batch.queries, 0.0
         for name in ("limits", "explore_slots", "creator_caps", "category_caps"):
             host[name][:n], host[name][n:] = getattr(batch, name), int(name.endswith("caps"))
         host["filter_of"][:n], host["filter_of"][n:] = places[batch.filter_of], 0
-        host["seeds"][:n] = batch.seeds.view(np.int64)
+        host["seeds"][:n], host["seeds"][n:] = batch.seeds.view(np.int64), 0
         host["diversity"][:n], host["diversity"][n:] = batch.diversity, 0.0
         host["weights"][:, :n], host["weights"][:, n:] = np.stack(batch.weights), 0.0
         _fill_ragged(host["followed"], followed.slots, followed.offsets)
         _fill_ragged(host["excluded"], batch.excluded, batch.excluded_offsets)
 
+    def fits(self, batch: QueryBatch) -> bool:
+        """Whether a batch's lists fit the fixed widths."""
+        return bool(
+            np.diff(batch.excluded_offsets).max(initial=0) <= EXCLUDED
+            and batch.limits.max(initial=0) <= self.widths.shown
+        )
 
-_INT32 = ("limits", "explore_slots", "creator_caps", "category_caps", "filter_of")
 
-
-def fits(batch: QueryBatch, widths: Widths) -> bool:
-    """Whether a batch's ragged lists fit the fixed widths."""
-    return bool(
-        len(batch) <= BUCKETS[-1]
-        and len(batch.filters) <= MAX_VIEWS
-        and np.diff(batch.excluded_offsets).max(initial=0) <= widths.excluded
-        and batch.limits.max(initial=0) <= widths.shown
-    )
+def bucket_of(viewers: int) -> int | None:
+    """The bucket of a batch; None when it is larger than all."""
+    return next((bucket for bucket in BUCKETS if viewers <= bucket), None)
 
 
 def _fill_ragged(out: NDArray[np.int32], values: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
@@ -134,6 +142,3 @@ def _fill_ragged(out: NDArray[np.int32], values: NDArray[np.int32], offsets: NDA
     lengths = np.diff(offsets)
     rows = np.repeat(np.arange(len(lengths)), lengths)
     out[rows, np.arange(len(values)) - np.repeat(offsets[:-1], lengths)] = values
-
-
-assert len(SOURCES) <= 31  # source bits are signed on the device

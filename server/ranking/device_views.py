@@ -9,45 +9,54 @@ from numpy.typing import NDArray
 
 from kernels.backend import Backend
 from kernels.verify import FilterColumns
-from kernels.verify_gpu import eligible_rows
+from kernels.verify_gpu import FilterTensors, RowTensors, eligible_rows
 from server.live.device import DeviceTable
 from server.ranking.device_block import Block, Field
 from server.retrieval.query import FilterKey
 from server.retrieval.view import Snapshot, View
 
 MAX_VIEWS = 64
-"""Distinct filters of one tick that fit; 1 byte per row each."""
+"""Distinct filters of one tick that fit; a byte per row of the table each."""
 MAX_NAMES = 1024
 """Interned languages and categories that a filter on the device can name."""
+PARAMS = 8
 
 
 class DeviceViews:
     """Up to MAX_VIEWS filters, built on first use in a tick. Owned by the engine thread.
 
-    block.device: view_slots, view_sources int32[V, Wv]; f_region, f_max_age int32[V]; f_any_language,
-    f_any_category uint8[V]; f_languages, f_categories uint8[V, MAX_NAMES].
-    eligible: uint8[V, C].
+    Args:
+        width: Wv, candidates that a view may have.
+
+    Attributes:
+        view_slots, view_sources: int32[V, Wv]. filters: V filters. rows: the columns that decide who may be shown.
+        eligible: uint8[V, C].
     """
 
     def __init__(self, backend: Backend, table: DeviceTable, width: int) -> None:
-        self._table, self._width = table, width
+        self._width = width
         names, v = (MAX_VIEWS, MAX_NAMES), (MAX_VIEWS,)
-        self.block = Block(
+        self._block = Block(
             [
-                Field("view_slots", np.int32, (MAX_VIEWS, width)), Field("view_sources", np.int32, (MAX_VIEWS, width)),
-                Field("f_region", np.int32, v), Field("f_max_age", np.int32, v),
-                Field("f_any_language", np.uint8, v), Field("f_any_category", np.uint8, v),
-                Field("f_languages", np.uint8, names), Field("f_categories", np.uint8, names),
+                Field("params", np.int64, (PARAMS,)),
+                Field("slots", np.int32, (MAX_VIEWS, width)), Field("sources", np.int32, (MAX_VIEWS, width)),
+                Field("region", np.int32, v), Field("max_age_rating", np.int32, v),
+                Field("any_language", np.uint8, v), Field("languages", np.uint8, names),
+                Field("any_category", np.uint8, v), Field("categories", np.uint8, names),
             ],
             backend,
         )  # fmt: skip
+        on_device = self._block.device
+        self.view_slots, self.view_sources = on_device["slots"], on_device["sources"]
+        self.filters = FilterTensors(*(on_device[name] for name in FilterTensors._fields))
+        self.rows = RowTensors(*(table.tensors[name] for name in RowTensors._fields))
         self._column = backend.xp.zeros((MAX_VIEWS, table.capacity), np.uint8)
         self.eligible: Any = backend.view(self._column)
         self._places: dict[FilterKey, int] = {}
         self._tick: Snapshot | None = None
 
     def prepare(
-        self, snapshot: Snapshot, keys: list[FilterKey], views: list[View], filters: FilterColumns, params: Any
+        self, snapshot: Snapshot, keys: list[FilterKey], views: list[View], filters: FilterColumns
     ) -> NDArray[np.int32] | None:
         """Places int32[V] of the batch's filters, uploading those that this tick has not seen yet.
 
@@ -58,17 +67,16 @@ class DeviceViews:
         fresh = [v for v, key in enumerate(keys) if key not in self._places]
         if not self._fits(fresh, views, filters):
             return None
+        if fresh:
+            self._block.settle()
         for v in fresh:
             self._fill(len(self._places), views[v], filters, v)
             self._places[keys[v]] = len(self._places)
         if fresh:
-            self.block.upload()
-            on_device = self.block.device
-            eligible_rows(
-                self._table.columns, on_device["f_region"], on_device["f_max_age"], on_device["f_any_language"],
-                on_device["f_languages"], on_device["f_any_category"], on_device["f_categories"], params,
-                eligible=self.eligible,
-            )  # fmt: skip
+            exclude_bits = snapshot.streams.book.exclude_bits
+            self._block.host["params"][:4] = (snapshot.now_ms, snapshot.rows, len(self._places), exclude_bits)
+            self._block.upload()
+            eligible_rows(self.rows, self.filters, self._block.device["params"], eligible=self.eligible)
         return np.array([self._places[key] for key in keys], np.int32)
 
     def _stale(self, snapshot: Snapshot) -> bool:
@@ -83,11 +91,11 @@ class DeviceViews:
         )
 
     def _fill(self, place: int, view: View, filters: FilterColumns, v: int) -> None:
-        host, n = self.block.host, len(view.slots)
-        host["view_slots"][place, :n], host["view_slots"][place, n:] = view.slots, -1
-        host["view_sources"][place, :n] = view.sources.view(np.int32)
-        host["f_region"][place], host["f_max_age"][place] = filters.region[v], filters.max_age_rating[v]
-        host["f_any_language"][place], host["f_any_category"][place] = filters.any_language[v], filters.any_category[v]
-        for name, allowed in (("f_languages", filters.languages[v]), ("f_categories", filters.categories[v])):
+        host, n = self._block.host, len(view.slots)
+        host["slots"][place, :n], host["slots"][place, n:] = view.slots, -1
+        host["sources"][place, :n] = view.sources.view(np.int32)
+        for name in ("region", "max_age_rating", "any_language", "any_category"):
+            host[name][place] = getattr(filters, name)[v]
+        for name, allowed in (("languages", filters.languages[v]), ("categories", filters.categories[v])):
             host[name][place] = 0
             host[name][place, : len(allowed)] = allowed

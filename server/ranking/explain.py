@@ -96,7 +96,7 @@ def explain(
         lease_expires_ms=int(columns.lease_expires_ms[slot]),
         sources=[source.name for i, source in enumerate(SOURCES) if bits >> i & 1],
         feature_names=features.names,
-        features=features.compute(columns, at, now_ms, table.landmark_ms),
+        features=table.accumulators.features(features, at, now_ms, table.landmark_ms),
         scores=scores,
         rules=rules,
         position_before_slate=_position(table, slates, column),

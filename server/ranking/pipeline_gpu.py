@@ -2,8 +2,8 @@
 
 The host prepares (filters of the tick, followed creators, one upload), the device does the rest without being asked
 back: search → merge → blend → select → verify → encode. On a GPU the queue of a bucket is captured once as a CUDA
-graph and replayed. `start` returns while the device works; `finish` waits for the copy and checks again on the host
-if anything changed meanwhile, so that no reply is older than the newest table.
+graph and replayed. `start` returns while the device works; `finish` waits for the copy and makes the last check again
+on the host, against the newest columns, so that events applied meanwhile count.
 """
 
 from __future__ import annotations
@@ -11,28 +11,221 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kernels.backend import Backend
 from kernels.blend_gpu import blend
 from kernels.merge_gpu import merge_candidates
-from kernels.slate import Outcome
 from kernels.slate_gpu import select_slates
+from kernels.tally_gpu import read_tally, tally
 from kernels.topk_gpu import masked_topk
-from kernels.verify import Drop, verify_picks
+from kernels.verify import FilterColumns, verify_picks
 from kernels.verify_gpu import verify_picks as verify_on_device
 from kernels.wire_gpu import encode_streams
 from server.clock import Clock
 from server.config import Settings
-from server.live.device import DeviceTable
-from server.ranking.device_batch import BUCKETS, RankBuffers, Widths, fits
+from server.live.queue import DeviceQueue
+from server.live.table import LiveTable
+from server.ranking.device_batch import BUCKETS, RankBuffers, Widths, bucket_of
 from server.ranking.device_views import DeviceViews
 from server.ranking.pipeline import Pipeline
 from server.ranking.slates import SlateBatch, StageTimes, Tally
-from server.ranking.tally import tally_of
+from server.retrieval.exact_gpu import ExactGpuSearch
 from server.retrieval.query import QueryBatch
 from server.retrieval.sources import SOURCES, Batch, bit_of, followed
-from server.retrieval.view import Snapshot
+from server.retrieval.streams import StreamState
+
+
+@dataclass(frozen=True)
+class Started:
+    """A batch that the device works on; ``buffers`` None: it is ranked on the host when it is finished."""
+
+    batch: QueryBatch
+    filters: FilterColumns
+    now_ms: int
+    began_s: float
+    queued_s: float
+    buffers: RankBuffers | None
+
+
+class GpuPipeline(Pipeline):
+    """`Pipeline` with the work of a request on the device. Called by the engine thread only.
+
+    What the device's fixed buffers cannot hold (a very long exclusion list, more than 64 distinct filters in one tick),
+    what it could not prove, and slates in which a stream went while the device worked, are ranked on the host by the
+    same stages, exactly; ``on_host`` is told the reason and how many requests.
+
+    Args:
+        search: the engine whose device columns are the embeddings. queue: what the table's accumulators are.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        table: LiveTable,
+        streams: StreamState,
+        search: ExactGpuSearch,
+        queue: DeviceQueue,
+        backend: Backend,
+        on_host: Callable[[str, int], None],
+    ) -> None:
+        super().__init__(settings, clock, table, streams, search)
+        self._embeddings, self._queue, self._backend, self._on_host = search, queue, backend, on_host
+        self._widths = Widths.of(settings)
+        self._views_on_device = DeviceViews(backend, queue.device, self._widths.view)
+        self._buffers: dict[int, RankBuffers] = {}
+        self._personal_bit = bit_of("personal")
+
+    def rank(self, batch: QueryBatch) -> SlateBatch:
+        """The whole way of B requests."""
+        return self.finish(self.start(batch))
+
+    def start(self, batch: QueryBatch) -> Started:
+        """Queues a batch on the device and returns. A bucket's next batch may be started once this is finished."""
+        began_s = time.perf_counter()
+        filters = self.snapshot.filter_columns(batch.filters)
+        buffers = self._prepare(batch, filters)
+        now_ms = self._clock.now_ms()
+        if buffers is not None:
+            buffers.inputs.host["params"][0] = now_ms
+            buffers.inputs.upload()
+            self._run(buffers)
+            buffers.outputs.download()
+        return Started(batch, filters, now_ms, began_s, time.perf_counter(), buffers)
+
+    def finish(self, started: Started) -> SlateBatch:
+        """Waits for the device; the slates as they may be shown now."""
+        if started.buffers is None:
+            return super().rank(started.batch)
+        started.buffers.outputs.settle()
+        waited_s = time.perf_counter()
+        found, n = started.buffers.outputs.host, len(started.batch)
+        if found["unproven"][:n].any():
+            self._on_host("unproven", n)
+            return super().rank(started.batch)
+        slots, counts = found["slots"][:n].copy(), found["counts"][:n].copy()
+        now_ms = self._clock.now_ms()
+        kept, still, _ = self._last_check(started.batch, started.filters, slots, counts, now_ms)
+        if not np.array_equal(still, counts):
+            # Someone went within the milliseconds of the device's work. The host ranks anew, from the newest columns.
+            self._on_host("changed", n)
+            return super().rank(started.batch)
+        width = max(1, int(counts.max(initial=0)))
+        shown = slice(0, n), slice(0, width)
+        lengths = found["wire_lengths"]
+        sums = read_tally(found["tally"], len(SOURCES))
+        return SlateBatch(
+            batch=started.batch,
+            slots=np.ascontiguousarray(slots[:, :width]),
+            counts=counts,
+            scores=found["scores"][shown].copy(),
+            sources=found["sources"][shown].copy().view(np.uint32),
+            exploration=found["exploration"][shown].copy(),
+            as_of_ms=now_ms,
+            times=_times(started, waited_s),
+            picks=found["pick_slots"][:n].copy(),
+            drops=found["drops"][:n].copy(),
+            tally=Tally(
+                sums.candidates, sums.served_by, sums.excluded, sums.outcomes, sums.drops, sums.served,
+                sums.exploration_served,
+            ),
+            wire=[found["wire"][b, : lengths[b]].tobytes() for b in range(n)],
+        )  # fmt: skip
+
+    def capture(self) -> None:
+        """Runs and captures every bucket, before the server says SERVING: nothing is compiled or allocated later."""
+        for bucket in BUCKETS:
+            if bucket <= max(1, self._settings.serve.max_batch_rows):
+                self._run(self._buffers_of(bucket))
+
+    # --- stages -------------------------------------------------------------------------------
+
+    def _prepare(self, batch: QueryBatch, filters: FilterColumns) -> RankBuffers | None:
+        """Buffers filled for the batch, and everything the device needs besides; None: rank on the host."""
+        bucket = bucket_of(len(batch))
+        if bucket is None:
+            self._on_host("batch", len(batch))
+            return None
+        buffers = self._buffers_of(bucket)
+        views = [self._view(key, filters, v) for v, key in enumerate(batch.filters)]
+        self._queue.flush()
+        self._embeddings.flush()
+        places = self._views_on_device.prepare(self.snapshot, batch.filters, views, filters)
+        if places is None or not buffers.fits(batch):
+            self._on_host("widths", len(batch))
+            return None
+        eligible = np.stack([view.eligible for view in views])
+        proposals = followed(Batch(batch, self.snapshot, eligible, self._search))
+        buffers.fill(batch, places, proposals, self.snapshot, 0)
+        return buffers
+
+    def _run(self, buffers: RankBuffers) -> None:
+        """The queue of kernels over a bucket's buffers: replayed on a GPU, launched one by one elsewhere."""
+        if not self._backend.on_gpu:
+            self._queue_kernels(buffers)
+            return
+        if buffers.graph is None:
+            self._queue_kernels(buffers)  # compiles; a capture must not
+            torch.cuda.synchronize()
+            buffers.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(buffers.graph):
+                self._queue_kernels(buffers)
+        buffers.graph.replay()
+
+    def _queue_kernels(self, buffers: RankBuffers) -> None:
+        """Everything between upload and download: fixed shapes, no allocation, nothing asked back."""
+        i, w, o, t = buffers.inputs.device, buffers.work, buffers.outputs.device, self._queue.device.tensors
+        views, engine, params = self._views_on_device, self._embeddings, i["params"]
+        masked_topk(
+            i["queries"], engine.table, engine.table16, engine.longest, views.eligible, i["filter_of"],
+            self._widths.personal, params, work=buffers.topk, slots=w["personal"], scores=w["personal_scores"],
+            unproven=o["unproven"],
+        )  # fmt: skip
+        merge_candidates(
+            views.view_slots, views.view_sources, i["filter_of"], w["personal"], self._personal_bit,
+            i["followed"], self._followed_bit, i["excluded"],
+            slots=w["slots"], sources=w["sources"], counts=w["merged"], dropped=w["dropped"],
+        )  # fmt: skip
+        blend(
+            w["slots"], w["sources"], i["queries"], t["trend"], t["boost"], t["started_ms"], engine.table, i["weights"],
+            params, followed_bit=self._followed_bit, fresh_bit=self._fresh_bit,
+            utility=w["utility"], similarity=w["similarity"],
+        )  # fmt: skip
+        select_slates(
+            w["slots"], w["utility"], w["sources"], t["creator"], t["category"], engine.table, t["id_words"],
+            i["limits"], i["explore_slots"], i["seeds"], i["creator_caps"], i["category_caps"], i["diversity"],
+            self._settings.rank.reserve, explorable_bit=self._fresh_bit, order=w["order"], picks=w["picks"],
+            exploration=w["exploration"], n_slate=w["n_slate"], n_reserve=w["n_reserve"], outcome=w["outcome"],
+        )  # fmt: skip
+        verify_on_device(
+            w["picks"], w["n_slate"], w["n_reserve"], w["exploration"], w["slots"], w["utility"], w["sources"],
+            i["limits"], i["filter_of"], views.rows, views.filters, params,
+            out_slots=o["slots"], out_scores=o["scores"], out_sources=o["sources"], out_exploration=o["exploration"],
+            counts=o["counts"], pick_slots=o["pick_slots"], drops=o["drops"],
+        )  # fmt: skip
+        encode_streams(
+            o["slots"], o["counts"], o["scores"], t["epoch"], t["lease_expires_ms"], o["sources"], o["exploration"],
+            t["id_words"], t["id_lengths"], buffer=o["wire"], lengths=o["wire_lengths"],
+        )  # fmt: skip
+        tally(
+            w["slots"], w["sources"], w["outcome"], w["dropped"], i["limits"], o["pick_slots"], o["drops"],
+            o["slots"], o["sources"], o["exploration"], counts=o["tally"],
+        )  # fmt: skip
+
+    def _buffers_of(self, bucket: int) -> RankBuffers:
+        if bucket not in self._buffers:
+            self._buffers[bucket] = RankBuffers(bucket, self._widths, self._settings, self._backend)
+        return self._buffers[bucket]
+
+
+def _times(started: Started, waited_s: float) -> StageTimes:
+    """The host's preparation as retrieve, the wait for the device as select, the last check as verify."""
+    return StageTimes(
+        retrieve_us=int((started.queued_s - started.began_s) * 1e6),
+        select_us=int((waited_s - started.queued_s) * 1e6),
+        verify_us=int((time.perf_counter() - waited_s) * 1e6),
+    )

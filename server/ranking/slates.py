@@ -79,6 +79,8 @@ class SlateBatch:
     candidates: Candidates | None = None
     selected: Slates | None = None
     popular: bool = False
+    wire: list[bytes] | None = None
+    """The ``streams`` of each reply as wire bytes, where the device has written them already."""
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ class StreamState:
         self.rule_bits[:] = UNASSESSED
         self.boost[:] = 0.0
 
-    def forget_changed_sessions(self, slots: NDArray[np.int32]) -> None:
-        """Resets rows whose session is not the one they were derived for. Call after every apply.
+    def forget_changed_sessions(self, slots: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Resets rows whose session is not the one they were derived for; returns them. Call after every apply.
 
         A new session inherits nothing: not shown until assessed, no score, no exposures.
         """
@@ -58,6 +58,7 @@ class StreamState:
         self.session[changed] += np.uint32(1)
         self._session_epoch[changed] = columns.epoch[changed]
         self._session_generation[changed] = columns.generation[changed]
+        return changed
 
     def apply_moderation(self, slots: NDArray[np.int32], now_ms: int) -> None:
         """Takes over blocks and spam marks at once, without waiting for the tick."""
@@ -70,12 +71,16 @@ class StreamState:
     def assess(self, slots: NDArray[np.int32], now_ms: int) -> Features:
         """Computes rule bits and boosts of rows int32[n]; returns the features they rest on."""
         columns: Columns = self._table.columns
-        features = self._features.compute(columns, slots, now_ms, self._table.landmark_ms)
+        features = self._table.accumulators.features(self._features, slots, now_ms, self._table.landmark_ms)
         reported = self._features.reported(self._table.counters_seen)
         bits = assess(self.book, self._features.names, features.values, reported, self.rule_bits[slots])
         self.rule_bits[slots] = bits | built_in(columns, slots, now_ms)
         self.boost[slots] = boosts(self.book, bits)
         return features
+
+    def set_trend(self, slots: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
+        """Takes over finite scores float32[n] of rows int32[n]."""
+        self.trend[slots] = scores
 
     def row_columns(self) -> RowColumns:
         """What the eligibility predicate reads (the same memory)."""

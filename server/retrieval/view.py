@@ -52,10 +52,15 @@ class Snapshot:
         return self.table.live_mask(self.now_ms)[: self.rows] & (bits == 0)
 
     @cached_property
+    def viewers(self) -> NDArray[np.float32]:
+        """float32[rows]: viewers last reported."""
+        return self.table.accumulators.viewers(self.rows)
+
+    @cached_property
     def popular(self) -> NDArray[np.int32]:
         """Slots by viewers, most first, at most 1,000: the list for when there is no time to rank."""
         slots = np.flatnonzero(self.showable).astype(np.int32)
-        return slots[np.argsort(-self.table.columns.viewers[slots], kind="stable")][:1000]
+        return slots[np.argsort(-self.viewers[slots], kind="stable")][:1000]
 
     @cached_property
     def fresh_order(self) -> NDArray[np.int32]:

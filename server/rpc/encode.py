@@ -19,12 +19,7 @@ def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, star
     Concatenated protobuf messages merge, so a reply is the small header, written by protobuf, followed by
     the `streams` entries, written by the kernel. ``started_s``: when the batch began, monotonic.
     """
-    columns = table.columns
-    buffer, offsets = encode_streams(
-        slates.slots, slates.counts, slates.scores, columns.epoch, columns.lease_expires_ms,
-        slates.sources, slates.exploration, columns.ids, columns.id_lengths,
-    )  # fmt: skip
-    streams = np.ascontiguousarray(buffer).tobytes()
+    streams = slates.wire if slates.wire is not None else _encode_on_host(slates, table)
     degradation = pb.Degradation(level=int(state.level), reasons=state.reasons)  # type: ignore[arg-type]
     common = pb.RankResponse(
         as_of_ms=slates.as_of_ms,
@@ -48,5 +43,15 @@ def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, star
             ),
             notices=("limit_clamped",) if request.limit_clamped else (),
         ).SerializeToString()
-        replies.append(own + common + streams[offsets[b] : offsets[b + 1]])
+        replies.append(own + common + streams[b])
     return replies
+
+
+def _encode_on_host(slates: SlateBatch, table: LiveTable) -> list[bytes]:
+    columns = table.columns
+    buffer, offsets = encode_streams(
+        slates.slots, slates.counts, slates.scores, columns.epoch, columns.lease_expires_ms,
+        slates.sources, slates.exploration, columns.ids, columns.id_lengths,
+    )  # fmt: skip
+    streams = np.ascontiguousarray(buffer).tobytes()
+    return [streams[i:j] for i, j in zip(offsets, offsets[1:], strict=False)]

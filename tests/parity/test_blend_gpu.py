@@ -14,6 +14,10 @@ NOW_MS, FRESH_AGE_MS = 1_760_000_600_000, 600_000
 FOLLOWED, FRESH = 1 << 4, 1 << 5
 
 
+def params(now_ms: int, fresh_age_ms: int) -> torch.Tensor:
+    return put(np.array([0, 0, 0, 0, fresh_age_ms, now_ms, 0, 0], np.int64))
+
+
 @pytest.mark.parametrize(("batch", "width", "dim"), [(1, 1, 4), (3, 70, 24), (2, 33, 64)])
 def test_blend_on_the_device_equals_the_reference(batch: int, width: int, dim: int) -> None:
     rng = np.random.default_rng(batch * 1000 + width)
@@ -34,7 +38,7 @@ def test_blend_on_the_device_equals_the_reference(batch: int, width: int, dim: i
     utility, similarity = (empty((batch, width), torch.float32) for _ in range(2))
     blend(
         put(slots), put(sources), put(queries), put(trend), put(boost), put(started_ms), put(embeddings),
-        put(np.stack(weights)), followed_bit=FOLLOWED, fresh_bit=FRESH, now_ms=NOW_MS, fresh_age_ms=FRESH_AGE_MS,
+        put(np.stack(weights)), params(NOW_MS, FRESH_AGE_MS), followed_bit=FOLLOWED, fresh_bit=FRESH,
         utility=utility, similarity=similarity,
     )  # fmt: skip
     np.testing.assert_allclose(get(utility), expected[0], rtol=1e-5, atol=1e-6)
@@ -48,7 +52,7 @@ def test_a_non_finite_embedding_reaches_the_utility_and_is_not_hidden() -> None:
     blend(
         put(slots), put(np.zeros((1, 3), np.uint32)), put(np.array([[1, 0]], np.float32)),
         put(np.zeros(3, np.float32)), put(np.zeros(3, np.float32)), put(np.zeros(3, np.int64)), put(embeddings),
-        put(np.ones((6, 1), np.float32)), followed_bit=FOLLOWED, fresh_bit=FRESH, now_ms=0, fresh_age_ms=1,
+        put(np.ones((6, 1), np.float32)), params(0, 1), followed_bit=FOLLOWED, fresh_bit=FRESH,
         utility=utility, similarity=similarity,
     )  # fmt: skip
     assert np.isnan(get(utility)[0, 0]) and np.isposinf(get(utility)[0, 1]) and get(utility)[0, 2] == 1.0
@@ -58,7 +62,7 @@ def test_an_argument_of_the_wrong_type_is_named() -> None:
     good = {"slots": torch.zeros((1, 1), dtype=torch.int32)}
     with pytest.raises(ValueError, match=r"sources: must be a tensor of torch\.int32"):
         blend(
-            good["slots"], torch.zeros((1, 1)), *[torch.zeros(1)] * 6,
-            followed_bit=1, fresh_bit=2, now_ms=0, fresh_age_ms=1,
+            good["slots"], torch.zeros((1, 1)), *[torch.zeros(1)] * 7,
+            followed_bit=1, fresh_bit=2,
             utility=torch.zeros(1), similarity=torch.zeros(1),
         )  # fmt: skip

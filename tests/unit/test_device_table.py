@@ -33,14 +33,14 @@ from tests.events import T0, apply, event, new_table, small_settings, started
 BACKEND: Backend = CPU if INTERPRETED else choose("cuda")
 FEATURES = FeatureSet.load(TableSettings().features_file)
 MIRRORED = ("state", "moderation", "lease_expires_ms", "epoch", "started_ms", "creator", "language", "category",
-            "region", "age_rating", "id_lengths", "embedding")  # fmt: skip
+            "region", "age_rating", "id_lengths")  # fmt: skip
 SESSION = ("last_event_ms", "viewers", "viewers_ms", "counters", "viewer_registers", "chatter_registers")
 
 
 def device_table(chosen: TableSettings, **changes: Any) -> tuple[LiveTable, DeviceQueue]:
-    device = DeviceTable(BACKEND, chosen.capacity, chosen.embedding_dim, **changes)
+    device = DeviceTable(BACKEND, chosen.capacity, **changes)
     embedding = np.zeros((chosen.capacity, chosen.embedding_dim), np.float32)
-    table = LiveTable(chosen, embedding, lambda columns: DeviceQueue(device, columns))
+    table = LiveTable(chosen, embedding, accumulators=lambda columns: DeviceQueue(device, columns))
     assert isinstance(table.accumulators, DeviceQueue)
     return table, table.accumulators
 
@@ -55,7 +55,6 @@ def assert_mirrors(queue: DeviceQueue, host: Columns) -> None:
     for name in (*MIRRORED, *SESSION):
         assert column(queue, name).tobytes() == getattr(host, name).tobytes(), name
     assert np.array_equal(column(queue, "id_words"), id_words(host.ids))
-    assert column(queue, "embedding16").tobytes() == host.embedding.astype(np.float16).tobytes()
     assert (column(queue, "winner") == -1).all()
 
 
@@ -179,7 +178,7 @@ def test_a_flush_is_one_copy_and_nothing_is_sent_for_nothing() -> None:
     assert queue.device.staging.copies == 1
     queue.flush()
     assert queue.device.staging.copies == 1
-    record = 32 + 96 + 16  # liveness; identity of a 4-dimensional embedding
+    record = 32 + 96  # liveness, identity
     assert queue.device.staging.bytes_sent <= 5 * (record + 16) + 10 * 25 + 9 * 64
 
 

@@ -1,0 +1,82 @@
+"""The table and what ranks it, put together for one device. The server, its warm-up and the benches share this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kernels.backend import Backend
+from server.clock import Clock
+from server.config import Settings
+from server.live.features import FeatureSet
+from server.live.table import LiveTable
+from server.ranking.pipeline import Pipeline
+from server.retrieval.base import SearchEngine
+from server.retrieval.registry import resolve_engine
+from server.retrieval.streams import StreamState
+from server.rules.rulebook import RuleBook
+
+
+@dataclass(frozen=True)
+class World:
+    """Owned by one thread."""
+
+    table: LiveTable
+    streams: StreamState
+    search: SearchEngine
+    pipeline: Pipeline
+
+
+def build_world(
+    settings: Settings,
+    clock: Clock,
+    features: FeatureSet,
+    book: RuleBook,
+    backend: Backend,
+    make_search: Callable[[str], SearchEngine],
+    on_host: Callable[[str, int], None] = lambda reason, viewers: None,
+) -> World:
+    """Columns on the host, or with everything that is counted and derived on the GPU.
+
+    Args:
+        make_search: the search engine of that name, for the table's capacity and dimensions.
+        on_host: told why, and for how many requests, the GPU's pipeline ranked on the host.
+
+    Raises:
+        ConfigError: the configured engine does not fit the device.
+    """
+    name = resolve_engine(settings.retrieval.engine, backend)
+    search = make_search(name)
+    if name != "exact_gpu":
+        table = LiveTable(settings.table, search.embeddings, search.write_rows)
+        streams = StreamState(table, features, book)
+        return World(table, streams, search, Pipeline(settings, clock, table, streams, search))
+    return _on_device(settings, clock, features, book, backend, search, on_host)
+
+
+def _on_device(
+    settings: Settings,
+    clock: Clock,
+    features: FeatureSet,
+    book: RuleBook,
+    backend: Backend,
+    search: SearchEngine,
+    on_host: Callable[[str, int], None],
+) -> World:
+    # Imported here: on a CPU nothing of this is loaded.
+    from server.live.device import DeviceTable
+    from server.live.queue import DeviceQueue
+    from server.ranking.pipeline_gpu import GpuPipeline
+    from server.retrieval.exact_gpu import ExactGpuSearch
+    from server.retrieval.streams_gpu import DeviceStreamState
+
+    assert isinstance(search, ExactGpuSearch)
+    device = DeviceTable(backend, settings.table.capacity)
+    table = LiveTable(
+        settings.table, search.embeddings, search.write_rows, lambda columns: DeviceQueue(device, columns)
+    )
+    queue = table.accumulators
+    assert isinstance(queue, DeviceQueue)
+    streams = DeviceStreamState(table, features, book, queue)
+    pipeline = GpuPipeline(settings, clock, table, streams, search, queue, backend, on_host)
+    return World(table, streams, search, pipeline)
