@@ -224,7 +224,7 @@ class DeviceTable:
     def assess(
         self, values: torch.Tensor, slots: torch.Tensor | None, tables: rules_gpu.RuleTables, now_ms: int
     ) -> None:
-        """Rule bits and boosts of the rows whose features these are, in place."""
+        """Rule bits and boosts of the rows whose features these are, in place; no row twice."""
         rules_gpu.assess(
             values, slots, tables, self._row_state, now_ms=now_ms,
             rule_bits=self.tensors["rule_bits"], boost=self.tensors["boost"],

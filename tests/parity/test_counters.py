@@ -25,7 +25,7 @@ def random_events(rng: np.random.Generator, n: int, slots: int, span_ms: int) ->
     )
 
 
-@pytest.mark.parametrize("n", [0, 1, 7, 1000])
+@pytest.mark.parametrize("n", [0, 1, 7, 1000, 5000])
 def test_fast_scatter_equals_the_reference_bit_for_bit(n: int) -> None:
     events = random_events(np.random.default_rng(n), n, 9, 3_600_000)
     fast, plain = np.zeros((9, N, 3), np.float32), np.zeros((9, N, 3), np.float32)
@@ -70,6 +70,12 @@ def test_moving_the_landmark_never_rounds(start_ms: int, later_ms: int) -> None:
 def test_a_landmark_moved_by_anything_else_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 1800000"):
         k.move_landmark(np.zeros((1, N, 3), np.float32), 0, 1_000)
+
+
+def test_counters_that_would_be_copied_are_refused_instead_of_losing_the_sums() -> None:
+    events = random_events(np.random.default_rng(0), 3, 2, 1000)
+    with pytest.raises(ValueError, match="counters: must be C-contiguous"):
+        k.scatter_decayed(np.zeros((4, N, 3), np.float32)[::2], *events, 0)
 
 
 def test_a_slot_outside_the_table_is_refused() -> None:

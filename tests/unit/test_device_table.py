@@ -170,6 +170,17 @@ def test_events_that_wait_when_the_landmark_moves_are_counted_for_the_old_one() 
     assert_mirrors(queue, plain.columns)
 
 
+def test_many_events_are_taken_over_although_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.live.queue.MOST_EVENTS", 6)
+    plain = new_table(small_settings())
+    queued, queue = device_table(small_settings())
+    for table in (plain, queued):
+        for i in range(4):
+            apply(table, started("s", 3 * i + 1, epoch=i // 3 + 1), *(event("s", 3 * i + k, liked={}) for k in (2, 3)))
+    assert queue.device.staging.copies == 2
+    assert_mirrors(queue, plain.columns)
+
+
 def test_a_flush_is_one_copy_and_nothing_is_sent_for_nothing() -> None:
     table, queue = device_table(small_settings())
     for i in range(5):
@@ -221,6 +232,39 @@ def test_rules_on_the_device_hide_what_they_hide_on_the_host() -> None:
     device.refresh_built_in(device.send_slots(np.array([1], np.int32)), now_ms)
     assert not column(queue, "rule_bits")[1] & int(bits.BLOCKED)
     assert column(queue, "rule_bits")[2] == UNASSESSED and np.isnan(column(queue, "trend")[2])
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("dim", [1, 5, 24])
+def test_uploaded_rows_are_the_hosts_whatever_they_hold(dim: int) -> None:
+    rng, rows = np.random.default_rng(dim), 40
+    host = Columns.allocate(rows, rng.standard_normal((rows, dim)).astype(np.float32), with_sessions=False)
+    host.embedding[:4, 0] = np.nan, np.inf, 1e30, 1e-30  # the last two leave the range of float16
+    host.ids[:], host.id_lengths[:] = rng.integers(0, 256, host.ids.shape), rng.integers(0, 65, rows)
+    for name in ("creator", "language", "category", "region", "age_rating"):
+        getattr(host, name)[:] = rng.integers(0, 1 << 31, rows)
+    for name in ("epoch", "lease_expires_ms", "started_ms"):
+        getattr(host, name)[:] = rng.integers(0, (1 << 63) - 1, rows)
+    host.state[:], host.moderation[:] = rng.integers(0, 4, rows), rng.integers(0, 256, rows)
+    device = DeviceTable(BACKEND, rows, dim)
+    slots = np.array([39, 0, 3, 3, 1, 2, 17], np.int32)
+    device.upload_rows(slots, host)
+    fresh = DeviceTable(BACKEND, rows, dim)
+    others = np.setdiff1d(np.arange(rows), slots)
+    with np.errstate(over="ignore"):
+        expected = {name: getattr(host, name) for name in MIRRORED}
+        expected |= {"id_words": id_words(host.ids), "embedding16": host.embedding.astype(np.float16)}
+    for name, column_ in expected.items():
+        found = device.to_host(device.tensors[name])
+        assert np.array_equal(found[slots], column_[slots], equal_nan=found.dtype.kind == "f"), name
+        assert np.array_equal(found[others], fresh.to_host(fresh.tensors[name])[others]), name
+
+
+def test_the_signed_order_of_id_words_is_the_order_of_the_bytes() -> None:
+    ids = np.random.default_rng(0).integers(0, 256, (200, 64)).astype(np.uint8)
+    ids[:100, :7] = ids[0, :7]  # many that part late
+    words = id_words(ids)
+    assert [ids[i].tobytes() for i in np.lexsort(words.T[::-1])] == sorted(row.tobytes() for row in ids)
 
 
 def test_who_reads_a_session_on_the_host_fails_instead_of_finding_zeros() -> None:
