@@ -52,13 +52,18 @@ SERVICES = tuple(
 )
 
 
-def open_scorer(settings: Settings, features: FeatureSet) -> Scorer:
-    """The configured model transport; imported here so that one does not load the other's library."""
+def open_scorer(settings: Settings, features: FeatureSet, on_fallback: Callable[[], None] = lambda: None) -> Scorer:
+    """The configured model; imported here so that one way to it does not load the other's library.
+
+    ``on_fallback`` is told when shared memory is refused and tensors take the plain way.
+    """
     scoring = settings.scoring
     if scoring.mode == "triton":
+        from server.scoring.transport import open_transport
         from server.scoring.triton import TritonScorer
 
-        return TritonScorer(scoring.triton_address, scoring.model_name, features.schema, len(features))
+        tensors = open_transport(scoring.transport, scoring.triton_address, on_fallback=on_fallback)
+        return TritonScorer(scoring.triton_address, scoring.model_name, features.schema, len(features), tensors)
     from server.scoring.local import LocalScorer
 
     return LocalScorer(scoring.model_repository, scoring.model_name, features.schema, len(features))
@@ -92,7 +97,8 @@ class App:
         replayed = self.engine.recover(self._log)
         logger.info("recovered %d batches; offset %d", replayed, self.engine.applied_offset)
         self._commit = GroupCommit(self._log, clock, settings.log.group_commit_rows, self.engine.committed, on_fault)
-        self._scorer = open_scorer(settings, features)
+        self._scorer = open_scorer(settings, features, self.metrics.model_transport_fallbacks.inc)
+        self.recorder.watch_transport(lambda: self._scorer.transport)
         self._refresher = Refresher(
             self._scorer,
             settings.scoring,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from server.doctor.base import Context, Finding, fail, ok
+from server.scoring.address import is_this_machine
 
 PROCESS_BYTES = 300 << 20
 """A warm server with an empty table: libraries, compiled kernels, the model, gRPC's buffers."""
@@ -140,15 +140,6 @@ def shared_memory(context: Context) -> Iterator[Finding]:
         yield fail("memory.shm", f"/dev/shm holds {_mib(size)}; Triton's Python backend needs 64 MiB", mend)
     else:
         yield ok("memory.shm", f"/dev/shm holds {_mib(size)}, {_mib(found.f_frsize * found.f_bavail)} free")
-
-
-def is_this_machine(address: str) -> bool:
-    """Whether "host:port" is a loopback address."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return any(info[4][0] in ("::1",) or str(info[4][0]).startswith("127.") for info in socket.getaddrinfo(host, 0))
-    except OSError:
-        return False
 
 
 def _mib(size: float) -> str:

@@ -91,6 +91,12 @@ class Metrics:
         self.model_calls = Counter(
             "liverank_model_calls_total", "Calls of the trendiness model", ["outcome"], registry=r
         )
+        self.model_transport = Gauge(
+            "liverank_model_transport", "1 for the way tensors travel to the model now", ["transport"], registry=r
+        )
+        self.model_transport_fallbacks = Counter(
+            "liverank_model_transport_fallbacks_total", "Shared memory refused: tensors went plain", registry=r
+        )
         self.model_seconds = Histogram(
             "liverank_model_seconds", "Time of a call of the trendiness model", buckets=_SECONDS, registry=r
         )

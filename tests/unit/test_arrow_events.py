@@ -19,12 +19,8 @@ from tests.arrow_events import payload, to_batch, to_ipc, to_rows
 from tests.events import T0, apply, batch, event, new_table, small_settings, started
 
 SETTINGS = small_settings(max_events_per_batch=100)
-LARGE = {
-    "stream_id": pa.large_utf8(),
-    "viewer_id": pa.large_utf8(),
-    "kind": pa.utf8(),
-    "tags": pa.large_list(pa.utf8()),
-}
+LARGE: dict[str, Any] = {name: pa.large_utf8() for name in ("stream_id", "viewer_id", "title")}
+LARGE |= {"kind": pa.utf8(), "tags": pa.large_list(pa.utf8())}
 PACKED = {name: pa.dictionary(pa.int32(), pa.utf8()) for name in ("stream_id", "viewer_id", "currency", "reason")}
 
 
@@ -206,14 +202,14 @@ def test_a_batch_that_is_no_event_batch_is_refused_as_a_whole_and_says_why(ipc: 
 
 def test_both_forms_in_one_batch_are_refused() -> None:
     mixed = pb.EventBatch(producer_id="p", arrow=to_ipc(good()), events=ONE_OF_EACH).SerializeToString()
-    with pytest.raises(InvalidRequest, match="^arrow: events or arrow wanted, got both"):
+    with pytest.raises(InvalidRequest, match=r"^arrow: events or arrow wanted, got both"):
         decode_batch(mixed, SETTINGS)
 
 
 def test_few_bytes_cannot_stand_for_much_text() -> None:
     rows = [{"sequence": i + 1, "stream_id": "s", "event_time_ms": T0, "kind": "liked"} for i in range(100)]
     titles = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int8()), pa.array(["t" * 200_000]))
-    with pytest.raises(InvalidRequest, match="^arrow.title: at most 16777216 bytes of text allowed, got 20000000"):
+    with pytest.raises(InvalidRequest, match=r"^arrow\.title: at most 16777216 bytes of text allowed, got 20000000"):
         decode_batch(payload(to_ipc(to_batch(rows).append_column("title", titles))), SETTINGS)
 
 
