@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Which machine this is for: cpu or gpu. Both bring a FAISS, so never install both.
+EXTRA ?= cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROTOS := $(wildcard proto/liverank/v1/*.proto) proto/build_hook.py
 
@@ -30,8 +32,8 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 $(VENV)/.serving: pyproject.toml $(PROTOS) | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(PIP) --editable '.[$(EXTRA)]'
 	@touch $@
 $(VENV)/.testing: $(VENV)/.serving
-	$(PIP) --editable '.[dev,train,load]'
+	$(PIP) --editable '.[$(EXTRA),dev,train,load]'
 	@touch $@

@@ -134,7 +134,7 @@ def test_auto_takes_shared_memory_only_with_a_triton_on_this_machine(cuda: FakeC
     assert open_transport("plain", "127.0.0.1:8001").name == "plain"
 
 
-def test_cuda_without_its_libraries_names_the_setting_and_auto_takes_system_memory(
+def test_cuda_without_its_libraries_names_the_setting_and_auto_does_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, cuda_shm.CUDA, None)
