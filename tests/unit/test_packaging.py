@@ -20,7 +20,9 @@ from tests.app import running_app
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile.gpu").read_text()
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+PROJECT_BUILD = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 FAISS = [line for line in (ROOT / "deploy/faiss-gpu.txt").read_text().splitlines() if line and not line.startswith("#")]
 DOCS = (ROOT / "docs/gpu.md").read_text()
