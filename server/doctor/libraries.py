@@ -212,8 +212,8 @@ def clashes(installed: dict[str, str]) -> list[Finding]:
         found.append(
             fail(
                 "libraries.clashes",
-                f"{' and '.join(sorted(cupy))}{f' beside {cudf}' if cudf else ''}: builds of CuPy overwrite each other, "
-                "and CUDA 13 needs its own",
+                f"{' and '.join(sorted(cupy))}{f' beside {cudf}' if cudf else ''}: builds of CuPy overwrite each "
+                "other, and CUDA 13 needs its own",
                 f"pip uninstall {' '.join(sorted(cupy))}, then pip install cupy-cuda13x.",
             )
         )

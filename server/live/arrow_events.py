@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from liverank.v1 import ingest_pb2 as pb
 from numpy.typing import NDArray
 
@@ -216,7 +215,7 @@ class _Decoder:
         """A numeric column; null and missing are 0."""
         if name not in self._batch.schema.names:
             return np.zeros(self._n, NUMBERS[name].to_pandas_dtype())
-        return np.asarray(pc.fill_null(self._batch.column(name), 0).to_numpy(zero_copy_only=False))
+        return _plain(self._batch.column(name), NUMBERS[name].to_pandas_dtype())
 
     def _text(self, name: str) -> Text:
         """A text column; null and missing are ""."""
@@ -227,11 +226,12 @@ class _Decoder:
         if pa.types.is_dictionary(column.type):
             # One value more, the empty one, stands for null.
             values, empty = column.dictionary, len(column.dictionary)
-            codes = pc.fill_null(column.indices.cast(pa.int64()), empty).to_numpy(zero_copy_only=False)
+            codes = _plain(column.indices, column.indices.type.to_pandas_dtype()).astype(np.int64)
+            codes[_is_null(column)] = empty
         else:
             values, codes = column, np.arange(self._n)
         starts, lengths, data = _text_buffers(values)
-        text = Text(np.append(starts, 0), np.append(lengths, 0), data, codes.astype(np.int64))
+        text = Text(np.append(starts, 0), np.append(lengths, 0), data, codes)
         if (total := int(text.row_lengths().sum())) > MAX_TEXT_BYTES:
             raise InvalidRequest(f"arrow.{name}", f"at most {MAX_TEXT_BYTES} bytes of text allowed, got {total}")
         return text
@@ -241,8 +241,7 @@ class _Decoder:
         known = np.zeros(256, np.uint8)
         known[list(KINDS.values())] = list(KINDS.values())
         if pa.types.is_int8(self._batch.column("kind").type):
-            numbers = pc.fill_null(self._batch.column("kind"), _NO_KIND).to_numpy(zero_copy_only=False)
-            return np.asarray(known[numbers.view(np.uint8)])
+            return np.asarray(known[_plain(self._batch.column("kind"), np.int8).view(np.uint8)])
         text = self._text("kind")
         packed = text.packed()
         found = np.zeros(self._n, np.uint8)
@@ -334,7 +333,30 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 
 def _list_values(values: Any) -> list[Any]:
     """One row's list; a null in it is the default of its type."""
-    return list(pc.fill_null(values, "" if pa.types.is_string(values.type) else 0.0).to_pylist())
+    default = "" if pa.types.is_string(values.type) else 0.0
+    return [default if value is None else value for value in values.to_pylist()]
+
+
+# pyarrow's own way to fill nulls builds a scalar, and the first one imports pandas: read the buffers instead.
+
+
+def _plain(column: Any, dtype: Any) -> NDArray[Any]:
+    """A copy of a column of fixed width, n numbers; null is 0."""
+    n = len(column)
+    if n == 0:
+        return np.zeros(0, dtype)
+    values = np.frombuffer(column.buffers()[1], dtype, column.offset + n)[column.offset :].copy()
+    values[_is_null(column)] = 0
+    return values
+
+
+def _is_null(column: Any) -> NDArray[np.bool_]:
+    """bool[n] of any Arrow column."""
+    n, validity = len(column), column.buffers()[0]
+    if validity is None or column.null_count == 0:
+        return np.zeros(n, np.bool_)
+    bits = np.unpackbits(np.frombuffer(validity, np.uint8), count=column.offset + n, bitorder="little")
+    return np.asarray(bits[column.offset :] == 0)
 
 
 def _text_buffers(values: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
@@ -346,8 +368,7 @@ def _text_buffers(values: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], ND
     wide = np.int64 if pa.types.is_large_string(values.type) else np.int32
     bounds = np.frombuffer(offsets, wide, values.offset + m + 1)[values.offset :].astype(np.int64)
     lengths = np.diff(bounds)
-    if values.null_count:
-        lengths[values.is_null().to_numpy(zero_copy_only=False)] = 0
+    lengths[_is_null(values)] = 0
     return bounds[:-1], lengths, np.zeros(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
 
 
