@@ -20,10 +20,13 @@ def make_engine(name: str, capacity: int, dim: int) -> SearchEngine:
     """The search engine ``name`` for ``capacity`` rows of ``dim`` float32.
 
     Raises:
-        ConfigError: no engine has that name; the message lists those there are.
-        ImportError: the engine's library is not installed.
+        ConfigError: no engine has that name (the message lists those there are), or its library is not installed.
     """
     if name not in _ENGINES:
         raise ConfigError(f"retrieval engine: {name!r} is not one of {', '.join(ENGINE_NAMES)}")
     module, cls = _ENGINES[name]
-    return cast(SearchEngine, getattr(import_module(module), cls)(capacity, dim))
+    try:
+        engine = getattr(import_module(module), cls)
+    except ImportError as error:
+        raise ConfigError(f"retrieval.engine: {name} needs a library: pip install 'liverank[cpu]' ({error})") from error
+    return cast(SearchEngine, engine(capacity, dim))
