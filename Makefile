@@ -2,25 +2,29 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What is installed beside the base: cpu or gpu (docs/gpu.md). Both bring FAISS for CPUs; run deploy/faiss-gpu.sh last.
+EXTRA ?= cpu
+SERVING := $(VENV)/.serving-$(EXTRA)
+TESTING := $(VENV)/.testing-$(EXTRA)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROTOS := $(wildcard proto/liverank/v1/*.proto) proto/build_hook.py
 
 .PHONY: demo test check bench serve setup train triton clean
 
-setup: $(VENV)/.serving            ## the `liverank` command in .venv/bin
+setup: $(SERVING)                  ## the `liverank` command in .venv/bin
 demo: setup triton                 ## Triton, server, simulated platform: one minute, then a line of JSON
 	$(BIN)/liverank demo
 serve: setup                       ## a server with the default settings (model in process)
 	$(BIN)/liverank serve
-test: $(VENV)/.testing triton      ## all tests, a real Triton included
+test: $(TESTING) triton            ## all tests, a real Triton included
 	$(BIN)/python -m pytest
-check: $(VENV)/.testing            ## style, types
+check: $(TESTING)                  ## style, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 bench: setup                       ## first figures; the last line is JSON
 	$(BIN)/liverank bench first
-train: $(VENV)/.testing            ## trains the shipped trendiness model from the simulator
+train: $(TESTING)                  ## trains the shipped trendiness model from the simulator
 	$(BIN)/python -m models.train
 triton:                            ## status 3: this machine cannot run it, which is said and not hidden
 	@triton/setup.sh || [ $$? -eq 3 ]
@@ -29,9 +33,9 @@ clean:
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-$(VENV)/.serving: pyproject.toml $(PROTOS) | $(VENV)/bin/python
-	$(PIP) --editable .
+$(SERVING): pyproject.toml $(PROTOS) | $(VENV)/bin/python
+	$(PIP) --editable '.[$(EXTRA)]'
 	@touch $@
-$(VENV)/.testing: $(VENV)/.serving
-	$(PIP) --editable '.[dev,train,load]'
+$(TESTING): $(SERVING)
+	$(PIP) --editable '.[$(EXTRA),dev,train,load]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""`liverank`: serve · doctor · demo · replay · rank · explain · bench."""
+"""`liverank`: serve · doctor · table export · demo · replay · rank · explain · bench."""
 
 from __future__ import annotations
 
@@ -55,6 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "explain":
             client.add_argument("stream_id")
 
+    table = commands.add_parser("table", help="look at the live table with other tools")
+    table_actions = table.add_subparsers(dest="action", required=True)
+    export = table_actions.add_parser("export", help="write the table as the log has it to a Parquet file")
+    export.add_argument("out", type=Path, metavar="OUT.parquet")
+    export.add_argument("--config", type=Path, help="settings file (TOML)")
+
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
     bench.add_argument("name", choices=["first", "kernels", "serve"])
     bench.add_argument("--streams", type=int, nargs="+", help="first, serve: sizes of the table")
@@ -79,6 +85,10 @@ def _run(options: argparse.Namespace) -> int:
         from server.doctor import run_doctor
 
         return run_doctor(options.config, options.json)
+    if options.command == "table":
+        from server.export import run_export
+
+        return run_export(options.out, options.config)
     if options.command == "demo":
         from loadtest.demo import run_demo
 

@@ -12,19 +12,17 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from liverank.v1 import admin_pb2, admin_pb2_grpc, ingest_pb2, liveness_pb2, liveness_pb2_grpc, ranking_pb2
 
+from kernels.backend import Backend, DeviceError, choose
 from server.clock import Clock
 from server.config import Settings
 from server.engine import Engine
 from server.errors import ConfigError
 from server.live.ends import EndFeed
 from server.live.features import FeatureSet
-from server.live.table import LiveTable
 from server.log.commit import GroupCommit
 from server.log.sqlite import SqliteLog
-from server.ranking.pipeline import Pipeline
 from server.recorder import Recorder
 from server.retrieval.registry import make_search
-from server.retrieval.streams import StreamState
 from server.rpc.admin import AdminService
 from server.rpc.control import Control
 from server.rpc.encode import encode_replies
@@ -38,6 +36,7 @@ from server.scoring.base import Scorer
 from server.scoring.refresh import Refresher
 from server.telemetry.metrics import Metrics
 from server.warmup import warm_up
+from server.world import build_world
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +51,31 @@ SERVICES = tuple(
 )
 
 
-def open_scorer(settings: Settings, features: FeatureSet) -> Scorer:
-    """The configured model transport; imported here so that one does not load the other's library."""
+def open_scorer(settings: Settings, features: FeatureSet, on_fallback: Callable[[], None] = lambda: None) -> Scorer:
+    """The configured model; imported here so that one way to it does not load the other's library.
+
+    ``on_fallback`` is told when shared memory is refused and tensors take the plain way.
+    """
     scoring = settings.scoring
     if scoring.mode == "triton":
+        from server.scoring.transport import open_transport
         from server.scoring.triton import TritonScorer
 
-        return TritonScorer(scoring.triton_address, scoring.model_name, features.schema, len(features))
+        tensors = open_transport(scoring.transport, scoring.triton_address, on_fallback=on_fallback)
+        return TritonScorer(scoring.triton_address, scoring.model_name, features.schema, len(features), tensors)
     from server.scoring.local import LocalScorer
 
     return LocalScorer(scoring.model_repository, scoring.model_name, features.schema, len(features))
+
+
+def open_device(settings: Settings) -> Backend:
+    """The device that this process computes on. Raises ConfigError when the configured one cannot be used."""
+    try:
+        return choose(settings.device.kind, settings.device.allow_cpu)
+    except DeviceError as error:
+        raise ConfigError(
+            f"device.kind: {error} (device.allow_cpu = true, or device.kind = 'cpu', serves from the CPU)"
+        ) from error
 
 
 class App:
@@ -75,25 +89,26 @@ class App:
 
     def __init__(self, settings: Settings, clock: Clock, on_fault: Callable[[], None]) -> None:
         self.settings, self.clock = settings, clock
+        backend = open_device(settings)
         features = FeatureSet.load(settings.table.features_file)
         book = RuleBook.load(settings.rank.rules_file, features.names)
         self.metrics = Metrics()
         size = settings.table
-        search = make_search(settings.retrieval, size.capacity, size.embedding_dim, self.metrics)
-        table = LiveTable(settings.table, search.embeddings, search.write_rows)
-        streams = StreamState(table, features, book)
-        pipeline = Pipeline(settings, clock, table, streams, search)
-        self.metrics.capacity_rows.set(settings.table.capacity)
+        search = make_search(settings.retrieval, size.capacity, size.embedding_dim, self.metrics, backend)
+        self._backend = backend
         self.recorder = Recorder(self.metrics)
+        world = build_world(settings, clock, features, book, backend, search, self.recorder.ranked_on_host)
+        self.metrics.capacity_rows.set(settings.table.capacity)
         self.engine = Engine(
-            settings, clock, table, features, streams, pipeline,
+            settings, clock, world.table, features, world.streams, world.pipeline,
             EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, on_fault,
         )  # fmt: skip
         self._log = SqliteLog(settings.log.path)
         replayed = self.engine.recover(self._log)
         logger.info("recovered %d batches; offset %d", replayed, self.engine.applied_offset)
         self._commit = GroupCommit(self._log, clock, settings.log.group_commit_rows, self.engine.committed, on_fault)
-        self._scorer = open_scorer(settings, features)
+        self._scorer = open_scorer(settings, features, self.metrics.model_transport_fallbacks.inc)
+        self.recorder.watch_transport(lambda: self._scorer.transport)
         self._refresher = Refresher(
             self._scorer,
             settings.scoring,
@@ -152,7 +167,7 @@ class App:
         self._commit.start()
         self.engine.start(self._commit, self._refresher)
         self._grpc.start()
-        warm_up(self.engine)
+        warm_up(self.engine, self._backend)
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         logger.info("serving on %s:%d, metrics on :%d", serve.host, self.port, self.metrics_port)
 

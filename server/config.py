@@ -74,6 +74,9 @@ class LogSettings(_Section):
 class ScoringSettings(_Section):
     mode: Literal["triton", "local"] = "local"
     triton_address: str = "127.0.0.1:8001"
+    transport: Literal["auto", "cuda_shm", "system_shm", "plain"] = Field(
+        "auto", description="of tensors to Triton; auto: shared memory with a Triton on this machine, else plain"
+    )
     model_name: str = "trendiness"
     model_repository: Path = ROOT.parent / "model_repository"
     refresh_ms: Milliseconds = 1_000
@@ -120,6 +123,11 @@ class RankSettings(_Section):
     rules_file: Path = ROOT / "rules" / "default.toml"
 
 
+class DeviceSettings(_Section):
+    kind: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: a GPU if there is one")
+    allow_cpu: bool = Field(False, description="with auto: serve from the CPU when the GPU that is there is broken")
+
+
 class Settings(BaseSettings):
     """All settings of one server."""
 
@@ -131,6 +139,7 @@ class Settings(BaseSettings):
     scoring: ScoringSettings = ScoringSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     rank: RankSettings = RankSettings()
+    device: DeviceSettings = DeviceSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -13,6 +13,7 @@ LiverankError
 ├── LogError               the durable log cannot be read or written   → UNAVAILABLE
 └── ScoringError           the model gave no usable scores (never reaches a caller: the ladder degrades)
     ├── ScorerUnavailable  not reachable, or its process is broken
+    ├── SharedMemoryRefused  tensors cannot go through shared memory, and may go no other way
     ├── ScorerTimeout      no answer within the deadline
     ├── BadScores          wrong shape or dtype, or too few finite values
     └── SchemaMismatch     the model was built for another feature schema
@@ -80,6 +81,10 @@ class ScoringError(LiverankError):
 
 class ScorerUnavailable(ScoringError):
     """The model server is not reachable, or its process is broken."""
+
+
+class SharedMemoryRefused(ScoringError):
+    """No shared memory for tensors: no room, no such memory, or Triton cannot map it."""
 
 
 class ScorerTimeout(ScoringError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from liverank.v1 import ingest_pb2
@@ -37,8 +39,20 @@ class Recorder:
         }
         self._served_by = [metrics.source_served.labels(source.name) for source in SOURCES]
         self._proposed_by = [metrics.source_candidates.labels(source.name) for source in SOURCES]
+        self.model_transport: Callable[[], str] = lambda: ""
+        """How tensors travel to the model now."""
         self.events_applied = 0
         self.events_rejected = 0
+
+    def watch_transport(self, transport: Callable[[], str]) -> None:
+        """Asks ``transport`` whenever somebody looks at the metrics or the status."""
+        self.model_transport = transport
+
+        def is_used(name: str) -> float:
+            return float(transport() == name)
+
+        for name in ("in_process", "plain", "system_shm", "cuda_shm"):
+            self.metrics.model_transport.labels(name).set_function(partial(is_used, name))
 
     def applied(self, events: EventColumns, applied: Applied) -> None:
         """One batch went through the table."""
@@ -111,6 +125,10 @@ class Recorder:
             for count, child in zip(counts, children, strict=True):
                 child.inc(int(count))
         self._drops(tally)
+
+    def ranked_on_host(self, reason: str, viewers: int) -> None:
+        """The GPU's pipeline left requests to the host, and why."""
+        self.metrics.host_ranked.labels(reason).inc(viewers)
 
     def _drops(self, tally: Tally) -> None:
         drops = self.metrics.slate_drops

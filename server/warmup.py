@@ -12,22 +12,21 @@ import time
 import numpy as np
 from liverank.v1 import ingest_pb2 as pb
 
+from kernels.backend import CPU, Backend
 from server.clock import ManualClock
 from server.config import Settings
 from server.engine import Engine
 from server.live.events import KIND_NAMES, decode_batch
 from server.live.features import FeatureSet
-from server.live.table import LiveTable
 from server.ranking.explain import explain
-from server.ranking.pipeline import Pipeline
 from server.ranking.slates import ReplyState
 from server.retrieval.query import RankQuery, build_batch
-from server.retrieval.registry import make_engine
-from server.retrieval.streams import StreamState
+from server.retrieval.registry import make_engine, resolve_engine
 from server.retrieval.view import Snapshot
 from server.rpc.encode import encode_replies
 from server.rules.rulebook import RuleBook
 from server.scoring.ladder import Level
+from server.world import build_world
 
 logger = logging.getLogger(__name__)
 
@@ -35,26 +34,28 @@ MODEL_WAIT_S = 5.0
 STREAMS = 40
 
 
-def warm_up(engine: Engine) -> None:
+def warm_up(engine: Engine, backend: Backend = CPU) -> None:
     """Compiles what serving needs, then waits for the engine's first scores.
 
     A model that does not answer does not keep the server from serving: replies disclose the fallback.
     """
     started_s = time.monotonic()
-    compile_kernels(engine.settings, engine.features, engine.streams.book)
+    compile_kernels(engine.settings, engine.features, engine.streams.book, backend)
+    engine.call(engine.pipeline.prepare).result()
     engine.first_scores.wait(MODEL_WAIT_S)
     logger.info("warm after %.1f s", time.monotonic() - started_s)
 
 
-def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook) -> None:
+def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, backend: Backend = CPU) -> None:
     """Takes a private table of a few streams through events, tick, ranking, explanation and encoding."""
     sizes = {"capacity": 2 * STREAMS, "max_events_per_batch": 2 * STREAMS}
     small = settings.model_copy(update={"table": settings.table.model_copy(update=sizes)})
     now_ms = 1_700_000_000_000
     clock = ManualClock(now_ms)
-    search = make_engine(settings.retrieval.engine, 2 * STREAMS, settings.table.embedding_dim)
-    table = LiveTable(small.table, search.embeddings, search.write_rows)
-    streams = StreamState(table, features, book)
+    name = resolve_engine(settings.retrieval.engine, backend)
+    search = make_engine(name, 2 * STREAMS, settings.table.embedding_dim, backend)
+    world = build_world(small, clock, features, book, backend, search)
+    table, streams, pipeline = world.table, world.streams, world.pipeline
     for payload in _events(now_ms, settings.table.embedding_dim):
         applied = table.apply(decode_batch(payload, small.table).events, now_ms)
         streams.forget_changed_sessions(applied.touched)
@@ -62,7 +63,6 @@ def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook) ->
     rows = np.arange(table.rows, dtype=np.int32)
     streams.assess(rows, now_ms)
     streams.apply_moderation(rows, now_ms)
-    pipeline = Pipeline(small, clock, table, streams, search)
     pipeline.snapshot = Snapshot(table, streams, settings.retrieval, now_ms, rows[::-1].copy())
     state = ReplyState(1, "warm-up", Level.NONE, (), 0)
     for batch_of in (_queries(settings, 1), _queries(settings, 9)):

@@ -12,7 +12,6 @@ from server.live.features import FeatureSet
 from server.live.table import LiveTable
 from server.ranking.pipeline import Pipeline
 from server.retrieval.base import SearchEngine
-from server.retrieval.registry import resolve_engine
 from server.retrieval.streams import StreamState
 from server.rules.rulebook import RuleBook
 
@@ -33,21 +32,16 @@ def build_world(
     features: FeatureSet,
     book: RuleBook,
     backend: Backend,
-    make_search: Callable[[str], SearchEngine],
+    search: SearchEngine,
     on_host: Callable[[str, int], None] = lambda reason, viewers: None,
 ) -> World:
     """Columns on the host, or with everything that is counted and derived on the GPU.
 
     Args:
-        make_search: the search engine of that name, for the table's capacity and dimensions.
+        search: for the table's capacity and dimensions; exact search on the GPU brings all else there too.
         on_host: told why, and for how many requests, the GPU's pipeline ranked on the host.
-
-    Raises:
-        ConfigError: the configured engine does not fit the device.
     """
-    name = resolve_engine(settings.retrieval.engine, backend)
-    search = make_search(name)
-    if name != "exact_gpu":
+    if search.name != "exact_gpu":
         table = LiveTable(settings.table, search.embeddings, search.write_rows)
         streams = StreamState(table, features, book)
         return World(table, streams, search, Pipeline(settings, clock, table, streams, search))

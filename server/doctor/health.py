@@ -1,6 +1,11 @@
-"""Asks the gRPC health service on a port whether it is a liverank, and how it is."""
+"""Asks the gRPC health service on a port whether it is a liverank, and how it is.
+
+``python -m server.doctor.health 127.0.0.1:7710`` prints the answer; exit status 0: SERVING, 1: not, 2: wrong usage.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -25,3 +30,18 @@ def ask_health(host: str, port: int) -> str | None:
 def reachable(host: str) -> str:
     """Where a server that listens on ``host`` can be called from this machine."""
     return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}.get(host, host)
+
+
+def main(arguments: list[str]) -> int:
+    """The health check of a container."""
+    host, _, port = arguments[0].rpartition(":") if len(arguments) == 1 else ("", "", "")
+    if not host or not port.isdecimal():
+        print("usage: python -m server.doctor.health HOST:PORT", file=sys.stderr)
+        return 2
+    status = ask_health(host, int(port))
+    print(status or "no liverank answers")
+    return 0 if status == "SERVING" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -34,7 +34,7 @@ IMPORTS: dict[str, str] = {
     "prometheus_client": "prometheus-client",
     "tritonclient.grpc": "tritonclient",
     "onnxruntime": "onnxruntime",
-    "faiss": "faiss-cpu",
+    "faiss": "'liverank[cpu]'",
 }
 """Modules that serving imports, and the distribution each comes from; in the order of dependence."""
 
@@ -85,8 +85,8 @@ def imports(context: Context) -> Iterator[Finding]:
     use only warns."""
     told = try_imports(list(IMPORTS))
     for name, problem in told.items():
-        if not problem:
-            continue
+        if not problem or (name == "faiss" and "No module" in problem and not is_needed(name, context.settings)):
+            continue  # an extra that nobody asked for
         mend = f"pip install --force-reinstall {IMPORTS[name]}"
         if name.startswith("liverank."):
             mend = "pip install --upgrade protobuf grpcio: they must not be older than what generated these files."
@@ -95,8 +95,9 @@ def imports(context: Context) -> Iterator[Finding]:
             yield fail(check, f"cannot be imported: {problem}", mend)
         else:
             yield warn(check, f"cannot be imported, which these settings do not need: {problem}", mend)
-    if not any(told.values()):
-        yield ok("libraries.imports", f"all {len(told)} modules load, generated messages included")
+    loaded = [name for name, problem in told.items() if not problem]
+    if len(loaded) >= len(told) - (told["faiss"] != ""):
+        yield ok("libraries.imports", f"{len(loaded)} modules load, generated messages included")
 
 
 def is_needed(module: str, settings: Settings) -> bool:
@@ -198,6 +199,40 @@ def clashes(installed: dict[str, str]) -> list[Finding]:
                 f"pip install '{cudf}==26.6.*'",
             )
         )
+    if cudf and have[cudf] < (26, 10) and have.get("pandas", ()) >= (2, 4):
+        found.append(
+            fail(
+                "libraries.clashes",
+                f"pandas {installed['pandas']} with {cudf} {installed[cudf]}: cuDF 26.6 refuses pandas 2.4 and newer",
+                "pip install 'pandas==2.3.*'",
+            )
+        )
+    cupy = [name for name in installed if re.fullmatch(r"cupy(-cuda\d+x|-rocm.*)?", name)]
+    if len(cupy) > 1 or (cudf.endswith("-cu13") and cupy and cupy != ["cupy-cuda13x"]):
+        found.append(
+            fail(
+                "libraries.clashes",
+                f"{' and '.join(sorted(cupy))}{f' beside {cudf}' if cudf else ''}: builds of CuPy overwrite each "
+                "other, and CUDA 13 needs its own",
+                f"pip uninstall {' '.join(sorted(cupy))}, then pip install cupy-cuda13x.",
+            )
+        )
+    if "faiss-gpu-cuvs" in installed and not {"libcuvs-cu13", "libraft-cu13"} <= set(installed):
+        found.append(
+            fail(
+                "libraries.clashes",
+                f"faiss-gpu-cuvs {installed['faiss-gpu-cuvs']} without libcuvs-cu13 and libraft-cu13",
+                "deploy/faiss-gpu.sh installs them together.",
+            )
+        )
+    if "faiss-gpu-cu12" in installed:
+        found.append(
+            warn(
+                "libraries.clashes",
+                f"faiss-gpu-cu12 {installed['faiss-gpu-cu12']} has no code for Hopper GPUs",
+                "deploy/faiss-gpu.sh replaces it by faiss-gpu-cuvs.",
+            )
+        )
     faiss = [name for name in ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cuvs") if name in installed]
     if len(faiss) > 1:
         found.append(
@@ -212,7 +247,7 @@ def clashes(installed: dict[str, str]) -> list[Finding]:
             warn(
                 "libraries.clashes",
                 f"faiss-gpu {installed['faiss-gpu']} ignores filters on flat indexes without an error",
-                "pip uninstall faiss-gpu, then pip install faiss-cpu (or faiss-gpu-cuvs on CUDA 13).",
+                "pip uninstall faiss-gpu, then pip install faiss-cpu; on CUDA 13 run deploy/faiss-gpu.sh.",
             )
         )
     return found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from server.doctor.base import Context, Finding, fail, ok
+from server.doctor.base import Context, Finding, fail, ok, warn
+from server.scoring.address import is_this_machine
 
 PROCESS_BYTES = 300 << 20
 """A warm server with an empty table: libraries, compiled kernels, the model, gRPC's buffers."""
@@ -16,6 +16,8 @@ TEXT_BYTES_PER_ROW = 400
 WORK_SHARE = 0.5
 """Work arrays of ticks and refreshes, and allocator slack, on top of a row's columns."""
 SHM_BYTES_WANTED = 64 << 20
+LARGEST_CALL_ROWS = 65_536
+"""A refresh sends larger tables in parts (server/scoring/refresh.py)."""
 
 
 def table_memory(context: Context) -> Iterator[Finding]:
@@ -126,7 +128,8 @@ def shared_memory(context: Context) -> Iterator[Finding]:
     if scoring.mode != "triton":
         yield ok("memory.shm", "not needed: scoring.mode is local")
         return
-    if not is_this_machine(scoring.triton_address):
+    here = is_this_machine(scoring.triton_address)
+    if not here and scoring.transport != "system_shm":
         yield ok("memory.shm", f"not needed here: Triton is at {scoring.triton_address}")
         return
     mend = "Give it 64 MB or more: `docker run --shm-size=256m`, or a memory-backed emptyDir at /dev/shm."
@@ -135,20 +138,33 @@ def shared_memory(context: Context) -> Iterator[Finding]:
     except OSError as error:
         yield fail("memory.shm", f"/dev/shm cannot be used: {error.strerror}; Triton's Python backend needs it", mend)
         return
-    size = found.f_frsize * found.f_blocks
-    if size < SHM_BYTES_WANTED:
+    size, free = found.f_frsize * found.f_blocks, found.f_frsize * found.f_bavail
+    region = _region_bytes(context) if scoring.transport in ("auto", "system_shm") else 0
+    if here and size < SHM_BYTES_WANTED:
         yield fail("memory.shm", f"/dev/shm holds {_mib(size)}; Triton's Python backend needs 64 MiB", mend)
+    elif region and free < region + (SHM_BYTES_WANTED if here else 0) and context.neighbour is None:
+        told = f"/dev/shm has {_mib(free)} free; tensors of a full table take {_mib(region)}, Triton itself 64 MiB"
+        wanted = _mib(region + 2 * SHM_BYTES_WANTED)
+        mend = f"Give it {wanted} or more (docker run --shm-size), or set scoring.transport to plain."
+        if scoring.transport == "auto":
+            yield warn("memory.shm", f"{told}: they go inside the messages instead", mend)
+        else:
+            yield fail("memory.shm", told, mend)
     else:
-        yield ok("memory.shm", f"/dev/shm holds {_mib(size)}, {_mib(found.f_frsize * found.f_bavail)} free")
+        shared = "" if here or not region else "; Triton must see the same one"
+        yield ok("memory.shm", f"/dev/shm holds {_mib(size)}, {_mib(free)} free{shared}")
 
 
-def is_this_machine(address: str) -> bool:
-    """Whether "host:port" is a loopback address."""
-    host = address.rpartition(":")[0].strip("[]")
+def _region_bytes(context: Context) -> int:
+    """Shared memory that the tensors of the largest call take; guessed while the feature file cannot be read."""
+    from server.errors import ConfigError
+
     try:
-        return any(info[4][0] in ("::1",) or str(info[4][0]).startswith("127.") for info in socket.getaddrinfo(host, 0))
-    except OSError:
-        return False
+        n_features = len(context.features)
+    except (ConfigError, UnicodeDecodeError, ImportError):
+        n_features = 64
+    rows = 1 << (min(context.settings.table.capacity, LARGEST_CALL_ROWS) - 1).bit_length()
+    return 4 * max(rows, 1024) * (n_features + 1)
 
 
 def _mib(size: float) -> str:

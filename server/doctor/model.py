@@ -54,9 +54,11 @@ def _scorer(context: Context) -> Scorer:
     # As in server.app, which would load all of the server.
     scoring, features = context.settings.scoring, context.features
     if scoring.mode == "triton":
+        from server.scoring.transport import open_transport
         from server.scoring.triton import TritonScorer
 
-        return TritonScorer(scoring.triton_address, scoring.model_name, features.schema, len(features))
+        tensors = open_transport(scoring.transport, scoring.triton_address)
+        return TritonScorer(scoring.triton_address, scoring.model_name, features.schema, len(features), tensors)
     from server.scoring.local import LocalScorer
 
     return LocalScorer(scoring.model_repository, scoring.model_name, features.schema, len(features))
@@ -75,7 +77,8 @@ def _scored(context: Context, scorer: Scorer, n_features: int) -> Finding:
     except ScoringError as error:
         return fail("model.scores", f"{error}; {WITHOUT}", _mend(context, error))
     value = float(scores.values[0])
-    told = f"{scores.model_version} ({scorer.name}), schema {context.features.schema}, scores a row {value:.3f}"
+    model = f"{scores.model_version} ({scorer.name}, tensors {scorer.transport})"
+    told = f"{model}, schema {context.features.schema}, scores a row {value:.3f}"
     if not np.isfinite(value):
         return fail("model.scores", f"{told}: not a finite number", _mend(context, BadScores("")))
     if took_ms > scoring.deadline_ms:

@@ -22,7 +22,9 @@ BARE: tuple[Check, ...] = (
 )  # fmt: skip
 """Checks that need the standard library and the settings only."""
 
-WITH_LIBRARIES: tuple[Check, ...] = (ports.ports, files.declared, memory.table_memory, model.model)
+WITH_LIBRARIES: tuple[Check, ...] = (
+    ports.ports, device.backend, device.memory, files.declared, memory.table_memory, model.model,
+)  # fmt: skip
 """Checks that load what the server loads: not run when a library is broken, for it might take the doctor along."""
 
 

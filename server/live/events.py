@@ -83,8 +83,8 @@ class DecodedBatch:
     rejected: list[Rejection]
 
 
-class _Reject(Exception):
-    """Control flow inside this file; never seen outside."""
+class Reject(Exception):
+    """Why one event is refused. Control flow of decoding; never seen outside of it."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -94,40 +94,40 @@ class _Reject(Exception):
 def _too_long(name: str, value: str, limit: int) -> bytes:
     encoded = value.encode()
     if len(encoded) > limit:
-        raise _Reject(pb.FIELD_TOO_LONG, f"{name}: at most {limit} bytes allowed, got {len(encoded)}")
+        raise Reject(pb.FIELD_TOO_LONG, f"{name}: at most {limit} bytes allowed, got {len(encoded)}")
     return encoded
 
 
 def _count(name: str, count: int) -> float:
     if count > MAX_COUNT:
-        raise _Reject(pb.VALUE_OUT_OF_RANGE, f"{name}: 0 to {MAX_COUNT} allowed, got {count}")
+        raise Reject(pb.VALUE_OUT_OF_RANGE, f"{name}: 0 to {MAX_COUNT} allowed, got {count}")
     return float(count)
 
 
 def _started(event: Any, settings: TableSettings) -> StartedRow:
     started = event.started
     if not started.creator_id:
-        raise _Reject(pb.CREATOR_MISSING, "started.creator_id: 1 to 64 bytes wanted, got none")
+        raise Reject(pb.CREATOR_MISSING, "started.creator_id: 1 to 64 bytes wanted, got none")
     for name in ("creator_id", "language", "category", "region"):
         _too_long(f"started.{name}", getattr(started, name), ID_BYTES)
     _too_long("started.title", started.title, MAX_TITLE_BYTES)
     tags = tuple(started.tags)
     if len(tags) > MAX_TAGS:
-        raise _Reject(pb.VALUE_OUT_OF_RANGE, f"started.tags: at most {MAX_TAGS} allowed, got {len(tags)}")
+        raise Reject(pb.VALUE_OUT_OF_RANGE, f"started.tags: at most {MAX_TAGS} allowed, got {len(tags)}")
     for tag in tags:
         _too_long("started.tags", tag, ID_BYTES)
     if started.age_rating > 21:
-        raise _Reject(pb.VALUE_OUT_OF_RANGE, f"started.age_rating: 0 to 21 allowed, got {started.age_rating}")
+        raise Reject(pb.VALUE_OUT_OF_RANGE, f"started.age_rating: 0 to 21 allowed, got {started.age_rating}")
     embedding: NDArray[np.float32] | None = None
     if len(started.embedding):
         if len(started.embedding) != settings.embedding_dim:
-            raise _Reject(
+            raise Reject(
                 pb.EMBEDDING_SIZE,
                 f"started.embedding: 0 or {settings.embedding_dim} floats wanted, got {len(started.embedding)}",
             )
         embedding = np.array(started.embedding, dtype=np.float32)
         if not np.isfinite(embedding).all():
-            raise _Reject(pb.EMBEDDING_NOT_FINITE, "started.embedding: finite floats wanted, got NaN or infinity")
+            raise Reject(pb.EMBEDDING_NOT_FINITE, "started.embedding: finite floats wanted, got NaN or infinity")
     return StartedRow(
         started.creator_id, started.title, started.language, started.category, started.region,
         started.age_rating, embedding, tags,
@@ -141,21 +141,19 @@ def _value(event: Any, kind: int, settings: TableSettings) -> float:
     if kind == fence.WATCHED:
         seconds = event.watched.seconds
         if not (0.0 <= seconds <= MAX_WATCH_SECONDS):  # also false for NaN
-            raise _Reject(
-                pb.VALUE_OUT_OF_RANGE, f"watched.seconds: 0 to {MAX_WATCH_SECONDS:.0f} allowed, got {seconds}"
-            )
+            raise Reject(pb.VALUE_OUT_OF_RANGE, f"watched.seconds: 0 to {MAX_WATCH_SECONDS:.0f} allowed, got {seconds}")
         return float(seconds)
     if kind in (fence.BID, fence.PURCHASED):
         name = "bid" if kind == fence.BID else "purchased"
         money = event.bid if kind == fence.BID else event.purchased
         if not (0 <= money.amount_minor <= MAX_AMOUNT_MINOR):
-            raise _Reject(
+            raise Reject(
                 pb.VALUE_OUT_OF_RANGE,
                 f"{name}.amount_minor: 0 to {MAX_AMOUNT_MINOR} allowed, got {money.amount_minor}",
             )
         rate = settings.currencies.get(money.currency)
         if rate is None:
-            raise _Reject(
+            raise Reject(
                 pb.CURRENCY_UNKNOWN,
                 f"{name}.currency: one of {', '.join(sorted(settings.currencies))} wanted, got {money.currency!r}",
             )
@@ -165,35 +163,35 @@ def _value(event: Any, kind: int, settings: TableSettings) -> float:
         return 1.0
     if kind == fence.MODERATED:
         if event.moderated.action not in (fence.BLOCK, fence.UNBLOCK, fence.MARK_SPAM, fence.CLEAR_SPAM):
-            raise _Reject(
+            raise Reject(
                 pb.VALUE_OUT_OF_RANGE,
                 f"moderated.action: BLOCK, UNBLOCK, MARK_SPAM or CLEAR_SPAM wanted, got {event.moderated.action}",
             )
         return float(event.moderated.action)
     if kind == fence.END:
         _too_long("ended.reason", event.ended.reason, ID_BYTES)
-    if kind in _INTERACTIONS:
-        return max(1.0, _count("count", getattr(event, _INTERACTIONS[kind]).count))
+    if kind in INTERACTIONS:
+        return max(1.0, _count("count", getattr(event, INTERACTIONS[kind]).count))
     return 0.0
 
 
-_INTERACTIONS = {
+INTERACTIONS = {
     fence.JOINED: "joined", fence.LEFT: "left", fence.CHATTED: "chatted", fence.LIKED: "liked",
     fence.FOLLOWED: "followed", fence.SHARED: "shared",
 }  # fmt: skip
-_KINDS = {
+KINDS = {
     "started": fence.STARTED, "heartbeat": fence.HEARTBEAT, "ended": fence.END,
     "viewer_count": fence.VIEWER_COUNT, "joined": fence.JOINED, "left": fence.LEFT,
     "watched": fence.WATCHED, "chatted": fence.CHATTED, "liked": fence.LIKED,
     "followed": fence.FOLLOWED, "shared": fence.SHARED, "bid": fence.BID,
     "purchased": fence.PURCHASED, "reported": fence.REPORTED, "moderated": fence.MODERATED,
 }  # fmt: skip
-KIND_NAMES = {number: name for name, number in _KINDS.items()}
-_NEEDS_EPOCH = (fence.STARTED, fence.HEARTBEAT, fence.END)
+KIND_NAMES = {number: name for name, number in KINDS.items()}
+NEEDS_EPOCH = (fence.STARTED, fence.HEARTBEAT, fence.END)
 
 
 def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
-    """Decodes a serialised EventBatch; the log keeps these bytes, so recovery runs the same code.
+    """Decodes a serialised EventBatch, in either form; the log keeps these bytes, so recovery runs the same code.
 
     Raises:
         InvalidRequest: the batch itself is malformed; nothing of it may be applied.
@@ -209,6 +207,13 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
         raise InvalidRequest(
             "events", f"at most {settings.max_events_per_batch} per batch allowed, got {len(batch.events)}"
         )
+    if batch.arrow:
+        if batch.events:
+            raise InvalidRequest("arrow", f"events or arrow wanted, got both ({len(batch.events)} events)")
+        # Imported here: pyarrow takes a while to load, and a server that only gets messages never needs it.
+        from server.live.arrow_events import decode_arrow
+
+        return decode_arrow(batch.producer_id, batch.arrow, settings)
     index: list[int] = []
     rows: list[tuple[int, int, int, int, float, int]] = []
     ids: list[bytes] = []
@@ -218,22 +223,19 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
     rejected: list[Rejection] = []
     for i, event in enumerate(batch.events):
         try:
-            stream_id = event.stream_id.encode()
-            kind = _check_header(event, stream_id)
-            viewer_id = _too_long("viewer_id", event.viewer_id, ID_BYTES)
-            value = _value(event, kind, settings)
-            if kind == fence.STARTED:
-                started[len(index)] = _started(event, settings)
-            elif kind == fence.END:
-                ended_reason[len(index)] = event.ended.reason
-        except _Reject as reject:
+            kind, value, start = check_event(event, settings)
+        except Reject as reject:
             rejected.append(Rejection(i, event.sequence, reject.code, str(reject)))
             continue
+        if start is not None:
+            started[len(index)] = start
+        elif kind == fence.END:
+            ended_reason[len(index)] = event.ended.reason
         media_sequence = min(event.heartbeat.media_sequence, MAX_I63) if kind == fence.HEARTBEAT else 0
         index.append(i)
         rows.append((event.sequence, kind, event.epoch, event.event_time_ms, value, media_sequence))
-        ids.append(stream_id)
-        viewers.append(viewer_id)
+        ids.append(event.stream_id.encode())
+        viewers.append(event.viewer_id.encode())
     sequence, kinds, epoch, time_ms, values, media = zip(*rows) if rows else ((), (), (), (), (), ())
     packed, lengths = pack_ids(ids)
     events = EventColumns(
@@ -254,20 +256,32 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
     return DecodedBatch(events, rejected)
 
 
+def check_event(event: Any, settings: TableSettings) -> tuple[int, float, StartedRow | None]:
+    """(kind, value, attributes of a start) of one Event message.
+
+    Raises:
+        Reject: it is malformed; says how.
+    """
+    kind = _check_header(event, event.stream_id.encode())
+    _too_long("viewer_id", event.viewer_id, ID_BYTES)
+    value = _value(event, kind, settings)
+    return kind, value, _started(event, settings) if kind == fence.STARTED else None
+
+
 def _check_header(event: Any, stream_id: bytes) -> int:
-    """Kind of a well-formed event; raises _Reject otherwise."""
+    """Kind of a well-formed event; raises Reject otherwise."""
     case = event.WhichOneof("payload")
     if case is None:
-        raise _Reject(pb.MISSING_PAYLOAD, "payload: one of the oneof cases must be set")
-    kind = _KINDS[case]
+        raise Reject(pb.MISSING_PAYLOAD, "payload: one of the oneof cases must be set")
+    kind = KINDS[case]
     if not 1 <= len(stream_id) <= ID_BYTES:
-        raise _Reject(pb.STREAM_ID_INVALID, f"stream_id: 1 to {ID_BYTES} bytes wanted, got {len(stream_id)}")
+        raise Reject(pb.STREAM_ID_INVALID, f"stream_id: 1 to {ID_BYTES} bytes wanted, got {len(stream_id)}")
     if event.sequence == 0:
-        raise _Reject(pb.SEQUENCE_INVALID, "sequence: 1 or more wanted, got 0")
+        raise Reject(pb.SEQUENCE_INVALID, "sequence: 1 or more wanted, got 0")
     if not 0 < event.event_time_ms < MAX_TIME_MS:
-        raise _Reject(pb.TIME_INVALID, f"event_time_ms: 1 to {MAX_TIME_MS - 1} allowed, got {event.event_time_ms}")
-    if kind in _NEEDS_EPOCH and event.epoch == 0:
-        raise _Reject(pb.EPOCH_MISSING, f"epoch: 1 or more wanted for {case}, got 0")
+        raise Reject(pb.TIME_INVALID, f"event_time_ms: 1 to {MAX_TIME_MS - 1} allowed, got {event.event_time_ms}")
+    if kind in NEEDS_EPOCH and event.epoch == 0:
+        raise Reject(pb.EPOCH_MISSING, f"epoch: 1 or more wanted for {case}, got 0")
     if event.epoch > MAX_I63:
-        raise _Reject(pb.VALUE_OUT_OF_RANGE, f"epoch: at most {MAX_I63} allowed, got {event.epoch}")
+        raise Reject(pb.VALUE_OUT_OF_RANGE, f"epoch: at most {MAX_I63} allowed, got {event.epoch}")
     return kind

@@ -75,6 +75,8 @@ for _kind, _first, _second in (
     _FIRST[_kind] = COUNTERS.index(_first)
     if _second is not None:
         _SECOND[_kind] = COUNTERS.index(_second)
+FIRST_COUNTER, SECOND_COUNTER = _FIRST, _SECOND
+"""int8[256]: the counter that a kind of event adds its value to, and the one it adds 1 to; -1 none."""
 
 
 class LiveTable:

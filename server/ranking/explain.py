@@ -77,7 +77,7 @@ def explain(
     if slot < 0:
         return None
     batch = build_batch([query], table, streams.book)
-    slates = pipeline.rank(batch)
+    slates = pipeline.trace(batch)
     assert slates.candidates is not None
     now_ms, columns, at = slates.as_of_ms, table.columns, np.array([slot], np.int32)
     candidates = slates.candidates

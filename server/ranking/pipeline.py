@@ -51,6 +51,13 @@ class Pipeline:
         clock.stage("select_us")
         return self._verify(batch, filters, scored, selected, clock)
 
+    def trace(self, batch: QueryBatch) -> SlateBatch:
+        """Like `rank`, on the host, with every candidate kept: for Explain."""
+        return Pipeline.rank(self, batch)
+
+    def prepare(self) -> None:
+        """Gets ready for the first request, where there is something to get ready."""
+
     def popular(self, batch: QueryBatch) -> SlateBatch:
         """The cached popular list, for requests with no time left to rank; verified all the same."""
         clock = _StageClock()

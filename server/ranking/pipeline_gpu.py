@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kernels.backend import Backend
 from kernels.blend_gpu import blend
@@ -22,7 +21,7 @@ from kernels.merge_gpu import merge_candidates
 from kernels.slate_gpu import select_slates
 from kernels.tally_gpu import read_tally, tally
 from kernels.topk_gpu import masked_topk
-from kernels.verify import FilterColumns, verify_picks
+from kernels.verify import FilterColumns
 from kernels.verify_gpu import verify_picks as verify_on_device
 from kernels.wire_gpu import encode_streams
 from server.clock import Clock
@@ -88,7 +87,7 @@ class GpuPipeline(Pipeline):
         """Queues a batch on the device and returns. A bucket's next batch may be started once this is finished."""
         began_s = time.perf_counter()
         filters = self.snapshot.filter_columns(batch.filters)
-        buffers = self._prepare(batch, filters)
+        buffers = self._stage(batch, filters)
         now_ms = self._clock.now_ms()
         if buffers is not None:
             buffers.inputs.host["params"][0] = now_ms
@@ -109,7 +108,7 @@ class GpuPipeline(Pipeline):
             return super().rank(started.batch)
         slots, counts = found["slots"][:n].copy(), found["counts"][:n].copy()
         now_ms = self._clock.now_ms()
-        kept, still, _ = self._last_check(started.batch, started.filters, slots, counts, now_ms)
+        _, still, _ = self._last_check(started.batch, started.filters, slots, counts, now_ms)
         if not np.array_equal(still, counts):
             # Someone went within the milliseconds of the device's work. The host ranks anew, from the newest columns.
             self._on_host("changed", n)
@@ -136,7 +135,7 @@ class GpuPipeline(Pipeline):
             wire=[found["wire"][b, : lengths[b]].tobytes() for b in range(n)],
         )  # fmt: skip
 
-    def capture(self) -> None:
+    def prepare(self) -> None:
         """Runs and captures every bucket, before the server says SERVING: nothing is compiled or allocated later."""
         for bucket in BUCKETS:
             if bucket <= max(1, self._settings.serve.max_batch_rows):
@@ -144,7 +143,7 @@ class GpuPipeline(Pipeline):
 
     # --- stages -------------------------------------------------------------------------------
 
-    def _prepare(self, batch: QueryBatch, filters: FilterColumns) -> RankBuffers | None:
+    def _stage(self, batch: QueryBatch, filters: FilterColumns) -> RankBuffers | None:
         """Buffers filled for the batch, and everything the device needs besides; None: rank on the host."""
         bucket = bucket_of(len(batch))
         if bucket is None:

@@ -20,21 +20,32 @@ _ENGINES = {
 
 ENGINE_NAMES: tuple[str, ...] = tuple(_ENGINES)
 GPU_ENGINE_NAMES = ("exact_gpu", "faiss_gpu")
+_EXTRA = {"exact": "cpu", "faiss_cpu": "cpu", "exact_gpu": "gpu", "faiss_gpu": "gpu"}
 
 
 def make_engine(name: str, capacity: int, dim: int, backend: Backend = CPU) -> SearchEngine:
     """The search engine ``name`` for ``capacity`` rows of ``dim`` float32, on the process's device.
 
     Raises:
-        ConfigError: no engine has that name (the message lists those there are), or it needs a GPU and the backend
-            has none.
-        ImportError: the engine's library is not installed.
+        ConfigError: no engine has that name (the message lists those there are), it needs a GPU and the backend has
+            none, or its library is not installed.
     """
     if name not in _ENGINES:
         raise ConfigError(f"retrieval engine: {name!r} is not one of {', '.join(ENGINE_NAMES)}")
     module, cls = _ENGINES[name]
     where: dict[str, Any] = {"backend": backend} if name in GPU_ENGINE_NAMES else {}
-    return cast(SearchEngine, getattr(import_module(module), cls)(capacity, dim, **where))
+    try:
+        engine = getattr(import_module(module), cls)
+    except ImportError as error:
+        raise ConfigError(
+            f"retrieval.engine: {name} needs a library: pip install 'liverank[{_EXTRA[name]}]' ({error})"
+        ) from error
+    return cast(SearchEngine, engine(capacity, dim, **where))
+
+
+def resolve_engine(name: str, backend: Backend) -> str:
+    """The engine meant by a configured name: "exact" is exact search on the process's device."""
+    return "exact_gpu" if name == "exact" and backend.on_gpu else name
 
 
 def make_search(
@@ -43,9 +54,9 @@ def make_search(
     """The configured engine, behind a recall gate with the approximate index if one is configured.
 
     Raises:
-        ConfigError, ImportError: as :func:`make_engine`, or the index's library does not have it.
+        ConfigError: as :func:`make_engine`, or the index's library does not have it.
     """
-    engine = make_engine(settings.engine, capacity, dim, backend)
+    engine = make_engine(resolve_engine(settings.engine, backend), capacity, dim, backend)
     metrics.fallback_queries.set_function(lambda: engine.fallback_queries)
     approximate = settings.approximate
     if approximate.index == "none":

@@ -53,6 +53,7 @@ class AdminService(pb_grpc.AdminServicer):
             retrieval_engine=engine.settings.retrieval.engine,
             events_applied=self.recorder.events_applied,
             events_rejected=self.recorder.events_rejected,
+            scoring_transport=self.recorder.model_transport(),
         )
 
     @guarded

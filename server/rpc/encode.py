@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from liverank.v1 import ranking_pb2 as pb
 
@@ -54,4 +56,4 @@ def _encode_on_host(slates: SlateBatch, table: LiveTable) -> list[bytes]:
         slates.sources, slates.exploration, columns.ids, columns.id_lengths,
     )  # fmt: skip
     streams = np.ascontiguousarray(buffer).tobytes()
-    return [streams[i:j] for i, j in zip(offsets, offsets[1:], strict=False)]
+    return [streams[i:j] for i, j in pairwise(offsets)]

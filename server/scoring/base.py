@@ -26,6 +26,11 @@ class Scorer(Protocol):
 
     name: str
 
+    @property
+    def transport(self) -> str:
+        """How tensors travel now: "in_process", "plain", "system_shm" or "cuda_shm"."""
+        ...
+
     def score(self, features: NDArray[np.float32], deadline_s: float) -> Scores:
         """Scores float32[n, F] rows; never answers after ``deadline_s`` seconds.
 

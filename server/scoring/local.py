@@ -46,6 +46,7 @@ class LocalScorer:
     """
 
     name = "local"
+    transport = "in_process"
 
     def __init__(self, model_repository: Path, model_name: str, feature_schema: str, n_features: int) -> None:
         self._folder = Path(model_repository) / model_name

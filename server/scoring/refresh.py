@@ -23,6 +23,7 @@ from server.errors import (
     ScorerTimeout,
     ScorerUnavailable,
     ScoringError,
+    SharedMemoryRefused,
 )
 from server.scoring.base import Scorer
 from server.scoring.formula import formula_columns, trend_formula
@@ -39,6 +40,7 @@ OUTCOMES: dict[type[ScoringError], str] = {
     ScorerUnavailable: "unavailable",
     BadScores: "bad_scores",
     SchemaMismatch: "schema_mismatch",
+    SharedMemoryRefused: "no_shared_memory",
 }
 
 T = TypeVar("T")

@@ -8,13 +8,14 @@ import time
 
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult
+from tritonclient.grpc import InferenceServerClient, InferResult
 from tritonclient.utils import InferenceServerException
 
 from server.errors import BadScores, ScorerTimeout, ScorerUnavailable, ScoringError
 from server.scoring.base import Scores
-from server.scoring.model_config import INPUT, OUTPUT, check_config
+from server.scoring.model_config import OUTPUT, check_config
 from server.scoring.shapes import checked_features, checked_scores
+from server.scoring.transport import PlainTensors, Transport
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +67,20 @@ class TritonScorer:
     because that outlasts a deadline. Should INTERNAL go on, the next try comes after twice as many. This
     needs Triton's explicit model control; without it Triton refuses, and that is logged.
 
+    Args:
+        tensors: how they travel (`open_transport`); plain if not given. Closed with the scorer.
+
     Attributes:
         heals: reloads that went through. heal_failures: reloads that did not.
     """
 
     name = "triton"
 
-    def __init__(self, address: str, model_name: str, feature_schema: str, n_features: int) -> None:
+    def __init__(
+        self, address: str, model_name: str, feature_schema: str, n_features: int, tensors: Transport | None = None
+    ) -> None:
         self._address = address
+        self._tensors = PlainTensors() if tensors is None else tensors
         self._model = model_name
         self._feature_schema = feature_schema
         self._n_features = n_features
@@ -88,8 +95,13 @@ class TritonScorer:
         self.heals = 0
         self.heal_failures = 0
 
+    @property
+    def transport(self) -> str:
+        """How tensors travel now: "plain", "system_shm" or "cuda_shm"."""
+        return self._tensors.name
+
     def score(self, features: NDArray[np.float32], deadline_s: float) -> Scores:
-        """See Scorer.score. The only copies are those of the message itself."""
+        """See Scorer.score. The only copies are those of the transport itself."""
         if self._closed:
             raise ScorerUnavailable("the scorer is closed")
         rows = checked_features(features, self._n_features)
@@ -99,6 +111,7 @@ class TritonScorer:
         except InferenceServerException as error:
             raise self._failed(error) from error
         except ScoringError:
+            self._tensors.failed()
             self._forget_checks()
             raise
         self._internal_in_a_row = self._timeouts_in_a_row = 0
@@ -108,6 +121,7 @@ class TritonScorer:
     def close(self) -> None:
         """See Scorer.close. Waits a moment for a reload in progress."""
         self._closed = True
+        self._tensors.close(self._client)
         self._disconnect()
         if self._healer is not None:
             self._healer.join(2.0)
@@ -118,13 +132,7 @@ class TritonScorer:
         if not self._model_accepted:
             self._check(self._client, "", ends_at)
             self._model_accepted = True
-        tensor = InferInput(INPUT, rows.shape, "FP32").set_data_from_numpy(rows)
-        result = self._client.infer(
-            self._model,
-            [tensor],
-            outputs=[InferRequestedOutput(OUTPUT)],
-            client_timeout=_left_s(ends_at),
-        )
+        result = self._infer(self._client, rows, ends_at)
         version = str(result.get_response().model_version)
         label = f"{self._model}/{version}"
         values = self._decode(result, len(rows), label)
@@ -133,26 +141,40 @@ class TritonScorer:
             self._checked_version = version
         return Scores(values, label)
 
+    def _infer(self, client: InferenceServerClient, rows: NDArray[np.float32], ends_at: float) -> InferResult:
+        for may_be_lost in (True, False):
+            call = self._tensors.prepare(client, rows, _left_s(ends_at))
+            try:
+                return client.infer(self._model, call.inputs, outputs=call.outputs, client_timeout=_left_s(ends_at))
+            except InferenceServerException as error:
+                if not (may_be_lost and self._tensors.is_lost(error)):
+                    raise
+                self._tensors.failed()
+                self._forget_checks()  # a restarted Triton may have another model
+                self._check(client, "", ends_at)
+                self._model_accepted = True
+        raise AssertionError("not reached: the second turn returns or raises")
+
     def _check(self, client: InferenceServerClient, version: str, ends_at: float) -> None:
         reply = client.get_model_config(self._model, version, client_timeout=_left_s(ends_at))
         label = f"{self._model}/{version or 'newest'} at {self._address}"
         check_config(reply.config, label, self._feature_schema, self._n_features)
 
     def _decode(self, result: InferResult, n_rows: int, label: str) -> NDArray[np.float32]:
-        """float32[n_rows], a read-only view of the reply."""
+        """float32[n_rows]."""
         declared = result.get_output(OUTPUT)
         if declared is None or declared.datatype != "FP32":
             found = "nothing" if declared is None else declared.datatype
             raise BadScores(f"{label} answered {found} as {OUTPUT}, wanted is FP32")
-        try:
-            return checked_scores(result.as_numpy(OUTPUT), n_rows, label)
-        except ValueError as error:  # as many bytes as the shape says were not there
-            raise BadScores(f"{label} answered a broken tensor: {error}") from error
+        return checked_scores(self._tensors.read(result, n_rows, label), n_rows, label)
 
     def _failed(self, error: InferenceServerException) -> ScoringError:
         """Translates, and counts what needs more than waiting."""
+        self._tensors.failed()
         self._forget_checks()
         status = (error.status() or "UNKNOWN").removeprefix("StatusCode.")
+        if status == "INTERNAL" and "shared memory size specified" in error.message():
+            status = "OUT_OF_RANGE"  # the model answers more than one score per row
         kind = STATUS_TO_ERROR.get(status, ScorerUnavailable)
         if kind is ScorerTimeout:
             self._timeouts_in_a_row += 1

@@ -97,6 +97,12 @@ class Metrics:
         self.exploration_served = Counter(
             "liverank_exploration_served_total", "Streams served in exploration slots", registry=r
         )
+        self.host_ranked = Counter(
+            "liverank_gpu_requests_ranked_on_host_total",
+            "Requests that the GPU's pipeline left to the host, by reason",
+            ["reason"],
+            registry=r,
+        )
         self.served = Counter("liverank_served_total", "Streams served", registry=r)
         self.excluded_by_rule = Gauge(
             "liverank_streams_excluded",
@@ -114,6 +120,12 @@ class Metrics:
         )
         self.model_calls = Counter(
             "liverank_model_calls_total", "Calls of the trendiness model", ["outcome"], registry=r
+        )
+        self.model_transport = Gauge(
+            "liverank_model_transport", "1 for the way tensors travel to the model now", ["transport"], registry=r
+        )
+        self.model_transport_fallbacks = Counter(
+            "liverank_model_transport_fallbacks_total", "Shared memory refused: tensors went plain", registry=r
         )
         self.model_seconds = Histogram(
             "liverank_model_seconds", "Time of a call of the trendiness model", buckets=_SECONDS, registry=r

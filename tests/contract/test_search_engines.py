@@ -248,3 +248,10 @@ def test_faiss_is_imported_only_when_chosen() -> None:
         "registry.make_engine('faiss_cpu', 2, 2); assert 'faiss' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_an_engine_whose_library_is_missing_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "server.retrieval.faiss_cpu", raising=False)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match=r"^retrieval\.engine: faiss_cpu .*liverank\[cpu\]"):
+        make_engine("faiss_cpu", CAPACITY, DIM)

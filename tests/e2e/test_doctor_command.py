@@ -219,7 +219,7 @@ def test_a_real_triton_is_asked_for_its_model(tmp_path: Path) -> None:
 
         code, report = ask("trendiness")
         assert (code, failed(report)) == (0, {})
-        assert "trendiness/1 (triton)" in told(report, "model.scores")
+        assert "trendiness/1 (triton, tensors system_shm)" in told(report, "model.scores")
         code, report = ask("stranger")
         assert code == 1 and "'other'" in failed(report)["model.scores"]["found"]
         code, report = ask("idle")

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.arrow_events import payload, to_batch, to_ipc
+from tests.events import T0
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # What each part may import of ours (besides itself). Leaves: telemetry, config, errors, clock.
@@ -75,6 +78,16 @@ def test_serving_and_the_demo_load_neither_torch_nor_training_code() -> None:
     run(
         "import sys, server.app, server.__main__, server.scoring.triton, server.scoring.local, loadtest.demo;"
         "bad = {'torch', 'onnx', 'pandas', 'cupy', 'cudf', 'models'} & set(sys.modules); assert not bad, bad"
+    )
+
+
+def test_decoding_a_columnar_batch_does_not_load_pandas() -> None:
+    rows = [{"sequence": 1, "stream_id": "s", "event_time_ms": T0, "kind": kind} for kind in ("liked", "ended", None)]
+    sent = payload(to_ipc(to_batch(rows, sparse=False)))
+    run(
+        "import sys; from server.config import TableSettings; from server.live.events import decode_batch;"
+        f"decode_batch(bytes.fromhex('{sent.hex()}'), TableSettings());"
+        "assert 'pyarrow' in sys.modules and 'pandas' not in sys.modules"
     )
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,8 @@ from server.doctor.base import Context, Finding, Status, fail, ok
 from server.doctor.run import as_report, as_table, can_serve, examine, unknown_variables
 from tests.app import put_current_model
 from tests.doctor import all_ok, context, found, the_failure
+
+H100 = "NVIDIA H100, 580.65.06, 81559 MiB, 80000 MiB"
 
 
 def machine_with(tmp_path: Path, available_mib: int, **group_files: str) -> Path:
@@ -201,6 +204,26 @@ def test_triton_on_this_machine_needs_shared_memory(tmp_path: Path, monkeypatch:
     assert all_ok(memory.shared_memory, context(tmp_path, root=bare, scoring=elsewhere))
 
 
+def test_shared_memory_too_small_for_the_tensors_warns_or_fails_as_the_transport_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = {"f_frsize": 1, "f_blocks": 64 << 20, "f_bavail": 64 << 20}  # Docker's default
+    monkeypatch.setattr(memory.os, "statvfs", lambda path: SimpleNamespace(**size))
+
+    def told(transport: str, address: str = "127.0.0.1:8001") -> Finding:
+        scoring = {"mode": "triton", "triton_address": address, "transport": transport}
+        return found(memory.shared_memory, context(tmp_path, scoring=scoring, table={"capacity": 500_000}))[
+            "memory.shm"
+        ]
+
+    assert told("plain").status is Status.OK
+    assert told("auto").status is Status.WARN and "inside the messages" in told("auto").found
+    assert told("system_shm").status is Status.FAIL and "scoring.transport" in told("system_shm").mend
+    assert "must see the same" in told("system_shm", "192.0.2.1:8001").found
+    size["f_bavail"] = size["f_blocks"] = 512 << 20
+    assert told("auto").status is told("system_shm").status is Status.OK
+
+
 # --- device and libraries -----------------------------------------------------------------------
 
 
@@ -227,6 +250,80 @@ def test_nvidia_smi_tells_the_gpus_name(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidia0").touch()
     assert device.nvidia_devices(tmp_path) == ["NVIDIA H100, 580.1, 81559 MiB"]
+
+
+def with_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str = H100) -> Path:
+    """A root whose nvidia-smi prints ``line``."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{line}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    return tmp_path
+
+
+def test_a_driver_too_old_for_cuda_13_fails_unless_the_cpu_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = with_gpu(tmp_path, monkeypatch, H100.replace("580.65.06", "550.90.07"))
+    assert "550.90.07" in the_failure(device.gpu, context(tmp_path, root=root)).found
+    lenient = context(tmp_path, root=root, device={"allow_cpu": True})
+    assert found(device.gpu, lenient)["device.driver"].status is Status.WARN
+    assert all_ok(device.gpu, context(tmp_path, root=root, device={"kind": "cpu"}))
+
+
+def test_the_choice_of_the_device_is_made_for_real_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all_ok(device.backend, context(tmp_path, device={"kind": "cpu"}))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    device.ask_backend.cache_clear()
+    assert "cpu: auto" in found(device.backend, context(tmp_path))["device.backend"].found
+    failure = the_failure(device.backend, context(tmp_path, device={"kind": "cuda"}))
+    assert "no GPU is visible" in failure.found and "--gpus all" in failure.mend
+    device.ask_backend.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (("cuda", "NVIDIA H100, memory pool: rmm"), Status.OK),
+        (("cpu", "auto: the GPU cannot be used: torch was built without CUDA"), Status.WARN),
+        (("", "NVIDIA H100 is there, but cupy cannot be imported"), Status.FAIL),
+    ],
+)
+def test_a_gpu_that_is_there_and_broken_is_never_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: tuple[str, str], status: Status
+) -> None:
+    monkeypatch.setattr(device, "ask_backend", lambda kind, allow_cpu: answer)
+    told = found(device.backend, context(tmp_path))["device.backend"]
+    assert told.status is status and answer[1] in told.found
+
+
+def test_a_process_that_dies_while_choosing_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_CHILD", "import os; os.abort()")
+    device.ask_backend.cache_clear()
+    assert device.ask_backend("auto", False)[0] == ""
+    device.ask_backend.cache_clear()
+
+
+def test_a_table_too_large_for_the_gpu_fails_and_says_what_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = with_gpu(tmp_path, monkeypatch)
+    million = {"capacity": 1_000_000, "embedding_dim": 64}
+    assert all_ok(device.memory, context(tmp_path, root=root, table=million))
+    root = with_gpu_free(root, 2000)
+    failure = the_failure(device.memory, context(tmp_path, root=root, table=million))
+    fits = int(failure.mend.split("table.capacity to ")[1].split(" ")[0].replace(",", ""))
+    assert all_ok(device.memory, context(tmp_path, root=root, table={**million, "capacity": fits}))
+    assert not found(device.memory, context(tmp_path, root=root, table=million, device={"kind": "cpu"}))
+
+
+def with_gpu_free(root: Path, free_mib: int) -> Path:
+    (root / "nvidia-smi").write_text(f"#!/bin/sh\necho '{H100.replace('80000 MiB', f'{free_mib} MiB')}'\n")
+    return root
 
 
 def test_what_is_installed_satisfies_what_is_declared(tmp_path: Path) -> None:
@@ -263,14 +360,23 @@ def test_version_ranges(version: str, wanted: str, answer: bool) -> None:
     assert libraries.satisfies(version, wanted) is answer
 
 
+CUVS = {"faiss-gpu-cuvs": "1.15.1", "libcuvs-cu13": "26.6.0", "libraft-cu13": "26.6.0"}
+
+
 @pytest.mark.parametrize(
     ("installed", "clash"),
     [
         ({"numpy": "2.5.0", "cudf-cu13": "26.6.1"}, "numpy 2.5.0 with cudf-cu13"),
-        ({"numpy": "2.4.6", "cudf-cu13": "26.6.1", "faiss-gpu-cuvs": "1.15.1"}, ""),
+        ({**CUVS, "numpy": "2.4.6", "cudf-cu13": "26.6.1", "pandas": "2.3.3", "cupy-cuda13x": "14.2.0"}, ""),
         ({"numpy": "2.5.0"}, ""),
-        ({"numpy": "2.4.6", "cudf-cu13": "26.10.0", "faiss-gpu-cuvs": "1.15.1"}, "RAPIDS"),
-        ({"faiss-cpu": "1.15.1", "faiss-gpu-cuvs": "1.15.1"}, "both installed"),
+        ({**CUVS, "numpy": "2.4.6", "cudf-cu13": "26.10.0"}, "RAPIDS"),
+        ({**CUVS, "faiss-cpu": "1.15.1"}, "both installed"),
+        ({"faiss-gpu-cuvs": "1.15.1"}, "without libcuvs-cu13"),
+        ({"faiss-gpu-cu12": "1.12.0"}, "no code for Hopper"),
+        ({"cudf-cu13": "26.6.0", "pandas": "3.0.1"}, "pandas 3.0.1 with cudf-cu13"),
+        ({"pandas": "3.0.1"}, ""),
+        ({"cudf-cu13": "26.6.0", "cupy-cuda12x": "13.6.0"}, "cupy-cuda12x beside cudf-cu13"),
+        ({"cupy-cuda12x": "13.6.0", "cupy-cuda13x": "14.2.0"}, "overwrite each other"),
         ({"faiss-gpu": "1.15.1"}, "ignores filters"),
     ],
 )

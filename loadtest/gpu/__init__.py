@@ -1,0 +1,1 @@
+"""Everything that is to be run once on a machine with a GPU."""

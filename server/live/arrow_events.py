@@ -1,0 +1,419 @@
+"""Events that arrive as columns: one Arrow IPC stream with one record batch, a row per event.
+
+Same limits, codes and messages as the message form, because the same code says them: a row that the array checks
+flag is put into an Event message and handed to `check_event`. Python runs per start, per end and per refused row
+only; everything else stays in arrays. The schema is described in docs/columnar-events.md and in ingest.proto.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from liverank.v1 import ingest_pb2 as pb
+from numpy.typing import NDArray
+
+from kernels import fence
+from kernels.idmap import ID_BYTES, hash_ids
+from server.config import TableSettings
+from server.errors import InvalidRequest
+from server.live.events import (
+    INTERACTIONS,
+    KINDS,
+    MAX_AMOUNT_MINOR,
+    MAX_COUNT,
+    MAX_I63,
+    MAX_TIME_MS,
+    MAX_WATCH_SECONDS,
+    NEEDS_EPOCH,
+    DecodedBatch,
+    EventColumns,
+    Reject,
+    Rejection,
+    StartedRow,
+    check_event,
+)
+
+MAX_TEXT_BYTES = 16 << 20
+"""Text of one column with its dictionary applied. Few bytes on the wire could stand for any number otherwise."""
+
+NUMBERS: dict[str, Any] = {
+    "sequence": pa.uint64(), "event_time_ms": pa.int64(), "epoch": pa.uint64(), "media_sequence": pa.uint64(),
+    "count": pa.uint32(), "seconds": pa.float32(), "amount_minor": pa.int64(), "action": pa.int32(),
+    "age_rating": pa.uint32(),
+}  # fmt: skip
+TEXTS = ("stream_id", "viewer_id", "currency", "reason", "creator_id", "title", "language", "category", "region")
+LISTS: dict[str, Any] = {"embedding": pa.float32(), "tags": pa.utf8()}
+REQUIRED = ("sequence", "stream_id", "event_time_ms", "kind")
+COLUMNS = (*NUMBERS, *TEXTS, "kind", *LISTS)
+
+_STARTED_TEXTS = ("creator_id", "title", "language", "category", "region")
+_NO_KIND = 0
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text column: distinct or plain values, and which of them each row has.
+
+    lengths int64[m], starts int64[m] into data uint8[...]; codes int64[n] into the m values.
+    """
+
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    data: NDArray[np.uint8]
+    codes: NDArray[np.int64]
+
+    def row_lengths(self) -> NDArray[np.int64]:
+        """Bytes per row, int64[n]."""
+        return np.asarray(self.lengths[self.codes])
+
+    def packed(self) -> NDArray[np.uint8]:
+        """uint8[n, 64]: the first 64 bytes of each row, zero-padded."""
+        inside = np.arange(ID_BYTES) < self.lengths[:, None]
+        values = np.zeros(inside.shape, np.uint8)
+        values[inside] = self.data[(self.starts[:, None] + np.arange(ID_BYTES))[inside]]
+        return values[self.codes]
+
+    def value(self, code: int) -> str:
+        """One of the m values."""
+        start = int(self.starts[code])
+        return self.data[start : start + int(self.lengths[code])].tobytes().decode()
+
+
+def decode_arrow(producer_id: str, payload: bytes, settings: TableSettings) -> DecodedBatch:
+    """The columns of an Arrow event batch, and the refused rows.
+
+    Raises:
+        InvalidRequest: ``arrow`` is no such stream, or a column is missing, unknown or of another type.
+    """
+    batch = read_batch(payload, settings.max_events_per_batch)
+    return _Decoder(producer_id, batch, settings).decode()
+
+
+def read_batch(payload: bytes, max_rows: int) -> Any:
+    """The one record batch of an IPC stream, its schema and every buffer checked: fit for any use.
+
+    Raises:
+        InvalidRequest: see `decode_arrow`.
+    """
+    buffer = pa.py_buffer(payload)
+    try:
+        _refuse_compression(buffer)
+        with pa.ipc.open_stream(buffer) as stream:
+            _check_schema(stream.schema)
+            batch = stream.read_next_batch()
+            if batch.num_rows > max_rows:
+                raise InvalidRequest("arrow", f"at most {max_rows} rows per batch allowed, got {batch.num_rows}")
+            if next(iter(stream), None) is not None:
+                raise InvalidRequest("arrow", "one record batch wanted, got more")
+        batch.validate(full=True)  # offsets in range, text is UTF-8: nothing after this trusts the sender
+    except (pa.ArrowException, OSError, StopIteration, ValueError) as error:  # ValueError: a name is not UTF-8
+        told = str(error).partition("\n")[0] or "it holds no record batch"
+        raise InvalidRequest("arrow", f"not an Arrow IPC stream with one record batch: {told}") from error
+    for name in batch.schema.names:
+        column = batch.column(name)
+        if pa.types.is_dictionary(column.type) and len(column.dictionary) > max_rows:
+            raise InvalidRequest(
+                f"arrow.{name}", f"at most {max_rows} dictionary values allowed, got {len(column.dictionary)}"
+            )
+    return batch
+
+
+def _check_schema(schema: Any) -> None:
+    names = schema.names
+    for name in REQUIRED:
+        if name not in names:
+            raise InvalidRequest(f"arrow.{name}", "this column is needed, and missing")
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequest(f"arrow.{name}", "this column is there more than once")
+        if name not in COLUMNS:
+            raise InvalidRequest(f"arrow.{name}", f"unknown column; there are {', '.join(COLUMNS)}")
+        found = schema.field(name).type
+        if not _fits(name, found):
+            raise InvalidRequest(f"arrow.{name}", f"{_wanted(name)} wanted, got {found}")
+
+
+def _fits(name: str, found: Any) -> bool:
+    if name in NUMBERS:
+        return bool(found == NUMBERS[name])
+    if name in LISTS:
+        is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+        return is_list and found.value_type == LISTS[name]
+    if name == "kind" and pa.types.is_int8(found):
+        return True
+    text = found.value_type if pa.types.is_dictionary(found) else found
+    return bool(pa.types.is_string(text) or pa.types.is_large_string(text))
+
+
+def _wanted(name: str) -> str:
+    if name in NUMBERS:
+        return str(NUMBERS[name])
+    if name in LISTS:
+        return f"a list of {LISTS[name]}"
+    return "utf8, a dictionary of utf8" + (" or int8" if name == "kind" else "")
+
+
+class _Decoder:
+    """One batch on its way to columns."""
+
+    def __init__(self, producer_id: str, batch: Any, settings: TableSettings) -> None:
+        self._producer_id, self._batch, self._settings = producer_id, batch, settings
+        self._n = batch.num_rows
+        self._texts = {name: self._text(name) for name in TEXTS}
+        self._ids, self._viewers = self._texts["stream_id"], self._texts["viewer_id"]
+        self._kind = self._kinds()
+        self._numbers = {name: self._number(name) for name in NUMBERS}
+
+    def decode(self) -> DecodedBatch:
+        bad, value = self._check()
+        rejected: list[Rejection] = []
+        starts: dict[int, StartedRow] = {}
+        scalar = np.flatnonzero(bad | (self._kind == fence.STARTED))
+        for row in scalar:
+            event = self._message(int(row))
+            try:
+                _, _, start = check_event(event, self._settings)
+            except Reject as reject:
+                bad[row] = True
+                rejected.append(Rejection(int(row), event.sequence, reject.code, str(reject)))
+                continue
+            if start is None:
+                raise RuntimeError(f"row {row}: the array checks refuse what the message checks accept")
+            starts[int(row)] = start
+        keep = np.flatnonzero(~bad)
+        place = np.cumsum(~bad) - 1
+        kind = self._kind[keep]
+        reason = self._texts["reason"]
+        viewers, viewer_lengths = self._viewers.packed()[keep], self._viewers.row_lengths()[keep].astype(np.uint8)
+        media = np.minimum(self._numbers["media_sequence"][keep], np.uint64(MAX_I63)).astype(np.int64)
+        events = EventColumns(
+            producer_id=self._producer_id,
+            index=keep.astype(np.int32),
+            sequence=self._numbers["sequence"][keep],
+            ids=self._ids.packed()[keep],
+            id_lengths=self._ids.row_lengths()[keep].astype(np.uint8),
+            kind=kind,
+            epoch=self._numbers["epoch"][keep].astype(np.int64),
+            time_ms=self._numbers["event_time_ms"][keep],
+            value=value[keep],
+            media_sequence=np.where(kind == fence.HEARTBEAT, media, 0),
+            viewer_hash=hash_ids(viewers, viewer_lengths),
+            started={int(place[row]): start for row, start in starts.items() if not bad[row]},
+            ended_reason={
+                int(at): reason.value(int(reason.codes[keep[at]])) for at in np.flatnonzero(kind == fence.END)
+            },
+        )
+        return DecodedBatch(events, rejected)
+
+    # --- columns ------------------------------------------------------------------------------
+
+    def _number(self, name: str) -> NDArray[Any]:
+        """A numeric column; null and missing are 0."""
+        if name not in self._batch.schema.names:
+            return np.zeros(self._n, NUMBERS[name].to_pandas_dtype())
+        return _plain(self._batch.column(name), NUMBERS[name].to_pandas_dtype())
+
+    def _text(self, name: str) -> Text:
+        """A text column; null and missing are ""."""
+        if name not in self._batch.schema.names:
+            none = np.zeros(1, np.int64)
+            return Text(none, none, np.zeros(0, np.uint8), np.zeros(self._n, np.int64))
+        column = self._batch.column(name)
+        if pa.types.is_dictionary(column.type):
+            # One value more, the empty one, stands for null.
+            values, empty = column.dictionary, len(column.dictionary)
+            codes = _plain(column.indices, column.indices.type.to_pandas_dtype()).astype(np.int64)
+            codes[_is_null(column)] = empty
+        else:
+            values, codes = column, np.arange(self._n)
+        starts, lengths, data = _text_buffers(values)
+        text = Text(np.append(starts, 0), np.append(lengths, 0), data, codes)
+        if (total := int(text.row_lengths().sum())) > MAX_TEXT_BYTES:
+            raise InvalidRequest(f"arrow.{name}", f"at most {MAX_TEXT_BYTES} bytes of text allowed, got {total}")
+        return text
+
+    def _kinds(self) -> NDArray[np.uint8]:
+        """uint8[n]; 0 where there is none, or none that is known."""
+        known = np.zeros(256, np.uint8)
+        known[list(KINDS.values())] = list(KINDS.values())
+        if pa.types.is_int8(self._batch.column("kind").type):
+            return np.asarray(known[_plain(self._batch.column("kind"), np.int8).view(np.uint8)])
+        text = self._text("kind")
+        packed = text.packed()
+        found = np.zeros(self._n, np.uint8)
+        for name, number in KINDS.items():
+            wanted = np.frombuffer(name.encode(), np.uint8)
+            found[(text.row_lengths() == len(wanted)) & (packed[:, : len(wanted)] == wanted).all(axis=1)] = number
+        return found
+
+    # --- checks -------------------------------------------------------------------------------
+
+    def _check(self) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """(bool[n] refused, float64[n] value) of every row but starts, whose attributes are looked at one by one."""
+        kind, numbers = self._kind, self._numbers
+        id_lengths = self._ids.row_lengths()
+        bad = (kind == _NO_KIND) | (id_lengths < 1) | (id_lengths > ID_BYTES) | (numbers["sequence"] == 0)
+        bad |= (numbers["event_time_ms"] <= 0) | (numbers["event_time_ms"] >= MAX_TIME_MS)
+        bad |= np.isin(kind, NEEDS_EPOCH) & (numbers["epoch"] == 0)
+        bad |= (numbers["epoch"] > np.uint64(MAX_I63)) | (self._viewers.row_lengths() > ID_BYTES)
+        value = np.zeros(self._n, np.float64)
+
+        counted = np.isin(kind, [fence.VIEWER_COUNT, *INTERACTIONS])
+        bad |= counted & (numbers["count"] > MAX_COUNT)
+        value[counted] = numbers["count"][counted]
+        value[np.isin(kind, list(INTERACTIONS)) & (value < 1.0)] = 1.0
+
+        watched = kind == fence.WATCHED
+        seconds = numbers["seconds"].astype(np.float64)
+        bad |= watched & ~((seconds >= 0.0) & (seconds <= MAX_WATCH_SECONDS))  # also true for NaN
+        value[watched] = seconds[watched]
+
+        paid = np.isin(kind, [fence.BID, fence.PURCHASED])
+        if paid.any():
+            rates = self._rates()
+            amount = numbers["amount_minor"]
+            bad |= paid & ((amount < 0) | (amount > MAX_AMOUNT_MINOR) | np.isnan(rates))
+            value[paid] = amount[paid] * rates[paid]
+
+        reasoned = np.isin(kind, [fence.REPORTED, fence.END])
+        bad |= reasoned & (self._texts["reason"].row_lengths() > ID_BYTES)
+        value[kind == fence.REPORTED] = 1.0
+
+        moderated = kind == fence.MODERATED
+        actions = (fence.BLOCK, fence.UNBLOCK, fence.MARK_SPAM, fence.CLEAR_SPAM)
+        bad |= moderated & ~np.isin(numbers["action"], actions)
+        value[moderated] = numbers["action"][moderated]
+        return bad, value
+
+    def _rates(self) -> NDArray[np.float64]:
+        """float64[n]: value of a minor unit of each row's currency; NaN: unknown."""
+        text = self._texts["currency"]
+        packed, lengths = text.packed(), text.row_lengths()
+        rates = np.full(self._n, np.nan)
+        for name, rate in self._settings.currencies.items():
+            wanted = np.frombuffer(name.encode(), np.uint8)
+            if len(wanted) <= ID_BYTES:
+                rates[(lengths == len(wanted)) & (packed[:, : len(wanted)] == wanted).all(axis=1)] = rate
+        return rates
+
+    def _message(self, row: int) -> Any:
+        """The row as an Event message."""
+        one = {name: self._batch.column(name)[row].as_py() for name in self._batch.schema.names if name not in LISTS}
+        get = {name: value for name, value in one.items() if value is not None}.get
+        event = pb.Event(
+            sequence=get("sequence", 0), stream_id=get("stream_id", ""), epoch=get("epoch", 0),
+            event_time_ms=get("event_time_ms", 0), viewer_id=get("viewer_id", ""),
+        )  # fmt: skip
+        case = next((name for name, number in KINDS.items() if number == self._kind[row]), None)
+        if case is None:
+            return event
+        payload = getattr(event, case)
+        payload.SetInParent()
+        for name in _FIELDS[type(payload).__name__]:
+            if name not in LISTS:
+                setattr(payload, name, get(name, getattr(payload, name)))
+            elif name in self._batch.schema.names:
+                values = self._batch.column(name)[row].values
+                payload_list = getattr(payload, name)
+                payload_list.extend([] if values is None else _list_values(values))
+        return event
+
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "Started": (*_STARTED_TEXTS, "age_rating", "embedding", "tags"), "Heartbeat": ("media_sequence",),
+    "Ended": ("reason",), "ViewerCount": ("count",), "Interaction": ("count",), "Watched": ("seconds",),
+    "Money": ("amount_minor", "currency"), "Reported": ("reason",), "Moderated": ("action",),
+}  # fmt: skip
+"""Columns that each payload message takes; named as its fields."""
+
+
+def _list_values(values: Any) -> list[Any]:
+    """One row's list; a null in it is the default of its type."""
+    default = "" if pa.types.is_string(values.type) else 0.0
+    return [default if value is None else value for value in values.to_pylist()]
+
+
+# pyarrow's own way to fill nulls builds a scalar, and the first one imports pandas: read the buffers instead.
+
+
+def _plain(column: Any, dtype: Any) -> NDArray[Any]:
+    """A copy of a column of fixed width, n numbers; null is 0."""
+    n = len(column)
+    if n == 0:
+        return np.zeros(0, dtype)
+    values = np.frombuffer(column.buffers()[1], dtype, column.offset + n)[column.offset :].copy()
+    values[_is_null(column)] = 0
+    return values
+
+
+def _is_null(column: Any) -> NDArray[np.bool_]:
+    """bool[n] of any Arrow column."""
+    n, validity = len(column), column.buffers()[0]
+    if validity is None or column.null_count == 0:
+        return np.zeros(n, np.bool_)
+    bits = np.unpackbits(np.frombuffer(validity, np.uint8), count=column.offset + n, bitorder="little")
+    return np.asarray(bits[column.offset :] == 0)
+
+
+def _text_buffers(values: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
+    """(starts int64[m], lengths int64[m], bytes) of a utf8 array; a null has length 0."""
+    m = len(values)
+    if m == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint8)
+    _, offsets, data = values.buffers()
+    wide = np.int64 if pa.types.is_large_string(values.type) else np.int32
+    bounds = np.frombuffer(offsets, wide, values.offset + m + 1)[values.offset :].astype(np.int64)
+    lengths = np.diff(bounds)
+    lengths[_is_null(values)] = 0
+    return bounds[:-1], lengths, np.zeros(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
+
+
+# --- compression ----------------------------------------------------------------------------------
+
+_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
+
+
+def _refuse_compression(buffer: Any) -> None:
+    """Raises InvalidRequest when a body is compressed: a small message could then take any amount of memory.
+
+    Reads three fields of the flatbuffers in front of the bodies (Message.fbs of the Arrow format, version 5),
+    because the library offers no such option.
+    """
+    for message in pa.ipc.MessageReader.open_stream(buffer):
+        metadata = message.metadata.to_pybytes()
+        try:
+            root = struct.unpack_from("<I", metadata, 0)[0]
+            kind_at = _field(metadata, root, 1)
+            kind = metadata[kind_at] if kind_at else 0
+            if kind not in (_DICTIONARY_BATCH, _RECORD_BATCH):
+                continue
+            header = _follow(metadata, _field(metadata, root, 2))
+            if kind == _DICTIONARY_BATCH:
+                header = _follow(metadata, _field(metadata, header, 1))
+            if _field(metadata, header, 3):
+                raise InvalidRequest("arrow", "compressed bodies are not taken; send them uncompressed")
+        except (struct.error, IndexError) as error:
+            raise InvalidRequest("arrow", "its metadata cannot be read") from error
+
+
+def _field(metadata: bytes, table: int, number: int) -> int:
+    """Where field ``number`` of the flatbuffers table lies; 0: it is not set."""
+    vtable = table - struct.unpack_from("<i", metadata, table)[0]
+    size = struct.unpack_from("<H", metadata, vtable)[0]
+    slot = 4 + 2 * number
+    if slot + 2 > size:
+        return 0
+    offset: int = struct.unpack_from("<H", metadata, vtable + slot)[0]
+    return table + offset if offset else 0
+
+
+def _follow(metadata: bytes, at: int) -> int:
+    """The table that the reference at ``at`` points to. Raises struct.error where there is none."""
+    if at == 0:
+        raise struct.error("not set")
+    target: int = at + struct.unpack_from("<I", metadata, at)[0]
+    return target
