@@ -38,6 +38,14 @@ class StartedRow:
 
 
 @dataclass(frozen=True)
+class ImpressionRow:
+    """Attributes of one impression: the times of the reply that served it, Unix ms."""
+
+    served_ms: int
+    verify_by_ms: int
+
+
+@dataclass(frozen=True)
 class Rejection:
     """One event that was not applied: its place in the batch, and why."""
 
@@ -53,8 +61,8 @@ class EventColumns:
 
     index int32[n] (place in the batch), sequence uint64[n], ids uint8[n, 64], id_lengths uint8[n],
     kind uint8[n], epoch int64[n], time_ms int64[n], value float64[n] (count, seconds, amount in the
-    reference currency, or moderation action), media_sequence int64[n], viewer_hash uint64[n] (0 none).
-    started and ended_reason are keyed by row.
+    reference currency, moderation action, or time that makes an end conditional), media_sequence int64[n],
+    viewer_hash uint64[n] (0 none). started, ended_reason and impressions are keyed by row.
     """
 
     producer_id: str
@@ -70,6 +78,7 @@ class EventColumns:
     viewer_hash: NDArray[np.uint64]
     started: dict[int, StartedRow] = field(default_factory=dict)
     ended_reason: dict[int, str] = field(default_factory=dict)
+    impressions: dict[int, ImpressionRow] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.index.shape[0])
@@ -134,6 +143,18 @@ def _started(event: Any, settings: TableSettings) -> StartedRow:
     )  # fmt: skip
 
 
+def _impression(event: Any) -> ImpressionRow:
+    impression = event.impression
+    _too_long("impression.request_id", impression.request_id, ID_BYTES)
+    for name in ("served_ms", "verify_by_ms"):
+        if not 0 < getattr(impression, name) < MAX_TIME_MS:
+            raise _Reject(
+                pb.VALUE_OUT_OF_RANGE,
+                f"impression.{name}: 1 to {MAX_TIME_MS - 1} allowed, got {getattr(impression, name)}",
+            )
+    return ImpressionRow(impression.served_ms, impression.verify_by_ms)
+
+
 def _value(event: Any, kind: int, settings: TableSettings) -> float:
     """The number an event carries, checked; its meaning depends on the kind."""
     if kind == fence.VIEWER_COUNT:
@@ -172,6 +193,13 @@ def _value(event: Any, kind: int, settings: TableSettings) -> float:
         return float(event.moderated.action)
     if kind == fence.END:
         _too_long("ended.reason", event.ended.reason, ID_BYTES)
+        since_ms = event.ended.only_if_not_renewed_since_ms
+        if not 0 <= since_ms < MAX_TIME_MS:
+            raise _Reject(
+                pb.VALUE_OUT_OF_RANGE,
+                f"ended.only_if_not_renewed_since_ms: 0 to {MAX_TIME_MS - 1} allowed, got {since_ms}",
+            )
+        return float(since_ms)
     if kind in _INTERACTIONS:
         return max(1.0, _count("count", getattr(event, _INTERACTIONS[kind]).count))
     return 0.0
@@ -187,9 +215,10 @@ _KINDS = {
     "watched": fence.WATCHED, "chatted": fence.CHATTED, "liked": fence.LIKED,
     "followed": fence.FOLLOWED, "shared": fence.SHARED, "bid": fence.BID,
     "purchased": fence.PURCHASED, "reported": fence.REPORTED, "moderated": fence.MODERATED,
+    "impression": fence.IMPRESSION,
 }  # fmt: skip
 KIND_NAMES = {number: name for name, number in _KINDS.items()}
-_NEEDS_EPOCH = (fence.STARTED, fence.HEARTBEAT, fence.END)
+_NEEDS_EPOCH = (fence.STARTED, fence.HEARTBEAT, fence.END, fence.IMPRESSION)
 
 
 def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
@@ -215,6 +244,7 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
     viewers: list[bytes] = []
     started: dict[int, StartedRow] = {}
     ended_reason: dict[int, str] = {}
+    impressions: dict[int, ImpressionRow] = {}
     rejected: list[Rejection] = []
     for i, event in enumerate(batch.events):
         try:
@@ -226,6 +256,8 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
                 started[len(index)] = _started(event, settings)
             elif kind == fence.END:
                 ended_reason[len(index)] = event.ended.reason
+            elif kind == fence.IMPRESSION:
+                impressions[len(index)] = _impression(event)
         except _Reject as reject:
             rejected.append(Rejection(i, event.sequence, reject.code, str(reject)))
             continue
@@ -250,6 +282,7 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
         viewer_hash=hash_ids(*pack_ids(viewers)),
         started=started,
         ended_reason=ended_reason,
+        impressions=impressions,
     )
     return DecodedBatch(events, rejected)
 
