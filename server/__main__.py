@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -104,7 +105,14 @@ def _run(options: argparse.Namespace) -> int:
     return run_client(options)
 
 
+def _raise_file_limit() -> None:
+    """Every connection is an open file, and the usual soft limit of 1,024 would be the end of answering."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _serve(config: Path | None, ready_file: Path | None) -> int:
+    _raise_file_limit()
     # Blocked before any library starts a thread, then waited for: a handler runs only when the main thread
     # happens to wake up, and a signal that the kernel hands to another thread does not wake it.
     stops = {signal.SIGTERM, signal.SIGINT}
