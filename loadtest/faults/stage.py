@@ -166,10 +166,9 @@ class Stage:
         self.triton = self._start_triton(0)
         self.proxy.target = self.triton.address
 
-    def model_process(self) -> int:
-        """Process id of the model's own process."""
-        (pid,) = (pid for pid, line in children_of(self.triton.pid).items() if "python_backend_stub" in line)
-        return pid
+    def model_processes(self) -> set[int]:
+        """Process ids of the model's own processes, one per version that is loaded."""
+        return {pid for pid, line in children_of(self.triton.pid).items() if "python_backend_stub" in line}
 
     def _start_triton(self, port: int) -> Triton:
         self._triton_stack = contextlib.ExitStack()

@@ -106,9 +106,7 @@ def find_missing(history: History, lease_ms: int) -> list[str]:
         seen[batch.offset] = batch
     for event, code in history.resent:
         if code not in (pb.DUPLICATE_SEQUENCE, pb.SEQUENCE_TOO_OLD):
-            found.append(
-                f"{event.kind} of {event.stream_id}, sequence {event.sequence}: forgotten, a resend got {code}"
-            )
+            found.append(f"{event.kind} of {event.stream_id} ({event.sequence}) is forgotten: a resend got {code}")
     by_stream: dict[str, list[tuple[BatchSent, EventSent, int | None]]] = defaultdict(list)
     for batch in history.batches:
         for place, event in enumerate(batch.events):
@@ -243,7 +241,7 @@ class _Proofs:
             for event in batch.events:
                 session = (event.stream_id, event.epoch)
                 if event.kind == HEARTBEAT:
-                    if session in reached and event.value <= _at(reached[session], batch.sent.at_s, -1.0):
+                    if session in reached and event.value <= _before(reached[session], batch.sent.at_s):
                         continue  # no media progress
                 elif event.kind != STARTED or started_s.get(session, float("inf")) < batch.sent.at_s:
                     continue
@@ -257,7 +255,7 @@ class _Proofs:
         proofs = self._until.get((stream_id, epoch))
         if proofs is None or proofs[0][0] > reply.received.at_s:
             return None
-        return _at(proofs, reply.received.at_s, 0.0)
+        return _at(proofs, reply.received.at_s)
 
     def lapses(self, history: History) -> int:
         """How often a lease ran out: before its next renewal was sent, or before the run was over."""
@@ -284,6 +282,12 @@ def _running_max(entries: list[tuple[float, float]] | list[tuple[float, int]]) -
     return times, values
 
 
-def _at(steps: Steps, at: float, before: float) -> float:
-    place = bisect_right(steps[0], at)
-    return steps[1][place - 1] if place else before
+def _at(steps: Steps, at: float) -> float:
+    """Its value at ``at``, which is not before its first step."""
+    return steps[1][bisect_right(steps[0], at) - 1]
+
+
+def _before(steps: Steps, at: float) -> float:
+    """Its value just before ``at``; minus infinity before its first step."""
+    place = bisect_left(steps[0], at)
+    return steps[1][place - 1] if place else float("-inf")

@@ -9,16 +9,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from kernels import fence, verify
 from loadtest.faults.launcher import COMMANDS, main
-from server.engine import Engine
+from server.engine import Engine, PublishResult
 from server.live import table as table_module
-from server.live.table import LiveTable
-from server.log.commit import Committed, GroupCommit
+from server.log.commit import Committed
+from server.log.sqlite import SqliteLog
 from server.ranking import pipeline
 
 DELAY_S = 0.15
@@ -53,25 +55,19 @@ def renew_on_any_heartbeat() -> None:
 
 def acknowledge_before_applying() -> None:
     """The log's word is passed on at once; the table follows a moment later."""
-    right = Engine._apply
+    # (time.monotonic() when due, group), oldest first; engine thread only.
+    waiting: list[tuple[float, list[Committed]]] = []
 
     def hasty(self: Engine, group: list[Committed]) -> None:
-        from server.engine import PublishResult
-
         for committed in group:
             codes = np.zeros(len(committed.submission.batch.events), np.uint8)
             committed.submission.done.set_result(PublishResult(committed.record.offset, codes))
-        # Answers asked for meanwhile come from the table as it is.
-        self.pending_groups = [*getattr(self, "pending_groups", []), (time.monotonic() + DELAY_S, group)]  # type: ignore[attr-defined]
+        waiting.append((time.monotonic() + DELAY_S, group))
 
     def tick(self: Engine) -> None:
-        from concurrent.futures import Future
-        from dataclasses import replace
-
-        waiting = getattr(self, "pending_groups", [])
         while waiting and waiting[0][0] <= time.monotonic():
             _, group = waiting.pop(0)
-            right(self, [replace(c, submission=replace(c.submission, done=Future())) for c in group])
+            RIGHT_APPLY(self, [replace(c, submission=replace(c.submission, done=Future())) for c in group])
         RIGHT_TICK(self)
 
     Engine._apply = hasty  # type: ignore[method-assign]
@@ -92,14 +88,8 @@ def ignore_the_epoch() -> None:
 
 
 def acknowledge_before_it_is_durable() -> None:
-    """What would have been written is applied and acknowledged, and not yet on disk when the process dies."""
-
-    def lazy(self: GroupCommit) -> None:
-        log = self._log
-        log.append = lambda records: None  # type: ignore[method-assign]
-        RIGHT_WRITE(self)
-
-    GroupCommit._write = lazy  # type: ignore[method-assign]
+    """Nothing reaches the disk, and nobody is told."""
+    SqliteLog.append = lambda self, records: None  # type: ignore[method-assign]
 
 
 BUGS: dict[str, Callable[[], None]] = {
@@ -107,15 +97,16 @@ BUGS: dict[str, Callable[[], None]] = {
     "renew on any heartbeat": renew_on_any_heartbeat,
     "acknowledge before applying": acknowledge_before_applying,
     "ignore the epoch": ignore_the_epoch,
+    "acknowledge before it is durable": acknowledge_before_it_is_durable,  # only a kill shows it, and must follow
 }
-RIGHT_TICK, RIGHT_APPLY, RIGHT_WRITE = Engine._tick, Engine._apply, GroupCommit._write
+RIGHT_TICK, RIGHT_APPLY, RIGHT_APPEND = Engine._tick, Engine._apply, SqliteLog.append
 RIGHT_FENCE, RIGHT_VERIFY = fence.fence_events, verify.verify_picks
-RIGHT_LIVE_TABLE = LiveTable
 
 
 def plant(name: str) -> None:
     """Mends everything, then plants ``name``."""
     Engine._tick, Engine._apply = RIGHT_TICK, RIGHT_APPLY  # type: ignore[method-assign]
+    SqliteLog.append = RIGHT_APPEND  # type: ignore[method-assign]
     table_module.fence.fence_events = RIGHT_FENCE
     pipeline.verify_picks = RIGHT_VERIFY
     if name != "none":
