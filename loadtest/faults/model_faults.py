@@ -14,9 +14,11 @@ from loadtest.faults.stage import WITHIN_S, Stage
 
 
 def _broken_then_mended(
-    stage: Stage, break_it: Callable[[], object], mend: Callable[[], object], version: str = "", loading: bool = False
-) -> Seen:
-    """Breaks, waits until answers are degraded, mends, waits until they are as usual (by ``version``).
+    stage: Stage, break_it: Callable[[], object], mend: Callable[[], object], reason: str, version: str = "",
+    loading: bool = False,
+) -> Seen:  # fmt: skip
+    """Breaks, waits until answers are degraded for this ``reason`` (an outcome of the model call), mends, waits
+    until they are as usual (by ``version``).
 
     ``loading``: breaking and mending take time of their own, so both times count from when they are done.
     """
@@ -24,12 +26,12 @@ def _broken_then_mended(
         broken_s = time.monotonic()
         break_it()
         done_s = time.monotonic()
+        probe.wait_unusual(broken_s, WITHIN_S, reason)
         first = probe.wait_unusual(broken_s, WITHIN_S)
         mend()
         mended_s = time.monotonic()
         again = probe.wait_usual(mended_s, WITHIN_S, version)
         answered = all(not a.failed for a in probe.since(broken_s))
-        reason = first.reasons[0].partition(":")[0] if first.reasons else "no reason given"
         return Seen(
             max(0.0, first.at_s - (done_s if loading else broken_s)), again.at_s - mended_s,
             probe.discloses(broken_s) and answered, f"{first.level}: {reason}",
@@ -39,14 +41,14 @@ def _broken_then_mended(
 @scenario("Triton killed", needs_triton=True)
 def triton_killed(stage: Stage) -> Seen:
     """kill -9; a new one comes up where the server looks for it."""
-    return _broken_then_mended(stage, stage.kill_triton, stage.restart_triton)
+    return _broken_then_mended(stage, stage.kill_triton, stage.restart_triton, "unavailable")
 
 
 @scenario("Triton back with another version", needs_triton=True)
 def triton_back_with_another_version(stage: Stage) -> Seen:
     """The model was replaced while Triton was away; replies name the new one."""
     version = stage.put_version(stage.good_net())
-    return _broken_then_mended(stage, stage.kill_triton, stage.restart_triton, version)
+    return _broken_then_mended(stage, stage.kill_triton, stage.restart_triton, "unavailable", version)
 
 
 @scenario("Triton stalled", needs_triton=True)
@@ -56,6 +58,7 @@ def triton_stalled(stage: Stage) -> Seen:
         stage,
         lambda: os.kill(stage.triton.pid, signal.SIGSTOP),
         lambda: os.kill(stage.triton.pid, signal.SIGCONT),
+        "timeout",
     )
 
 
@@ -67,7 +70,7 @@ def triton_slow(stage: Stage) -> Seen:
         stage.proxy.delay_s = seconds
 
     deadline_s = stage.settings["scoring"]["deadline_ms"] / 1000
-    return _broken_then_mended(stage, lambda: delay(2 * deadline_s), lambda: delay(0.0))
+    return _broken_then_mended(stage, lambda: delay(2 * deadline_s), lambda: delay(0.0), "timeout")
 
 
 @scenario("model process killed", needs_triton=True)
@@ -79,7 +82,7 @@ def model_process_killed(stage: Stage) -> Seen:
         for pid in before:
             os.kill(pid, signal.SIGKILL)
 
-    seen = _broken_then_mended(stage, kill, lambda: None)
+    seen = _broken_then_mended(stage, kill, lambda: None, "timeout")  # Triton's own word takes longer than the deadline
     if not before or before & stage.model_processes():
         raise AssertionError(f"model processes before {before}, after {stage.model_processes()}")
     return seen
@@ -93,7 +96,7 @@ def _bad_version(stage: Stage, bad: onnx.ModelProto) -> Seen:
         stage.put_version(stage.good_net())
         stage.load()
 
-    return _broken_then_mended(stage, stage.load, load_good, loading=True)
+    return _broken_then_mended(stage, stage.load, load_good, "bad_scores", loading=True)
 
 
 @scenario("model answers NaN", needs_triton=True)

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
+from server.errors import ConfigError
 from server.scoring.model_config import render_config
+
+try:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError as error:
+    raise ConfigError("onnx is not installed, and small models are made here: pip install -e '.[train]'") from error
 
 N_FEATURES = 6
 SCHEMA = "schema-of-the-tests"

@@ -57,11 +57,18 @@ class Probe:
         """Answers received after ``at_s`` (monotonic)."""
         return [a for a in list(self.answers) if a.at_s > at_s]
 
-    def wait_unusual(self, since_s: float, within_s: float) -> Answer:
-        """The first answer after ``since_s`` that was degraded or failed. Raises TimeoutError."""
-        found: Answer = wait_for(
-            lambda: next((a for a in self.since(since_s) if a.level != USUAL), None), within_s, "an unusual answer"
-        )
+    def wait_unusual(self, since_s: float, within_s: float, reason: str = "") -> Answer:
+        """The first answer after ``since_s`` that was degraded or failed (and gives such a reason, if asked for one).
+
+        Raises:
+            TimeoutError: there was none.
+        """
+
+        def unusual() -> Answer | None:
+            answers = (a for a in self.since(since_s) if a.level != USUAL)
+            return next((a for a in answers if not reason or any(r.startswith(reason) for r in a.reasons)), None)
+
+        found: Answer = wait_for(unusual, within_s, f"an unusual answer {reason}")
         return found
 
     def wait_usual(self, since_s: float, within_s: float, model_version: str = "") -> Answer:

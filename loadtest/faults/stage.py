@@ -65,7 +65,7 @@ class Stage:
         self._n_features, self._schema = len(features), features.schema
         self.repository = folder / "models"
         self.version = 0
-        self.soak_s = 4.0
+        self.soak_s = 3.0
         self.no_triton = set_up_triton()
         self.put_version(self.good_net())
         self._triton_stack = contextlib.ExitStack()

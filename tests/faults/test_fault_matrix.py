@@ -39,7 +39,7 @@ def test_nothing_is_lost_or_shown_wrongly_and_all_is_disclosed_when(stage: Stage
 
 
 def test_the_checker_finds_nothing_while_server_and_triton_are_killed_and_come_back(stage: Stage) -> None:
-    verdict = check_liveness(stage, PLAN, seconds=5.0, fault_every_s=1.0)
+    verdict = check_liveness(stage, PLAN, seconds=4.0, fault_every_s=0.8)
     assert verdict.ok, (verdict.violations, verdict.missing_events, verdict.missed_watch_ends)
     assert verdict.kills >= 2 and verdict.replies > 100 and verdict.ends > 5 and verdict.lapses > 0, verdict.summary()
 

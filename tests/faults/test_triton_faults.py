@@ -181,28 +181,6 @@ def test_a_killed_stub_is_healed_by_one_reload(own_triton: ts.RunningTriton) -> 
     scorer.close()
 
 
-def test_a_killed_stub_is_healed_also_when_the_deadline_is_shorter_than_tritons_patience(
-    own_triton: ts.RunningTriton,
-) -> None:
-    """Triton takes a second to find its stub gone: every call with a deadline below that is a timeout."""
-    scorer = scorer_for(own_triton)
-    expected = scorer.score(features(10), 5.0).values
-    (stub,) = own_triton.stub_pids()
-    os.kill(stub, signal.SIGKILL)
-    failures: list[ScoringError] = []
-
-    def healed() -> bool:
-        try:
-            return bool(np.array_equal(scorer.score(features(10), 0.2).values, expected))
-        except ScoringError as error:
-            failures.append(error)
-            return False
-
-    ts.eventually(healed, within_s=30)
-    assert isinstance(failures[0], ScorerTimeout) and scorer.heals == 1
-    scorer.close()
-
-
 def test_a_hung_triton_is_a_timeout_within_the_deadline_and_comes_back(own_triton: ts.RunningTriton) -> None:
     scorer = scorer_for(own_triton)
     scorer.score(features(10), 5.0)
