@@ -54,8 +54,13 @@ class Traffic:
         run = f"{time.time_ns() // 1_000_000 % 100_000_000:08}"
         self.watchers = [Watcher(f"watcher-{i}", address, self.history, plan.seed + i) for i in range(plan.watchers)]
         self._threads = [in_thread("watcher", w.run) for w in self.watchers]
-        wait_for(lambda: len(self.history.watching) == plan.watchers, WITHIN_S, "watchers are subscribed")
-        self._first_end(Outlet(address, self.history), f"first-{run}")
+        try:
+            wait_for(lambda: len(self.history.watching) == plan.watchers, WITHIN_S, "watchers are subscribed")
+            self._first_end(Outlet(address, self.history), f"first-{run}")
+        except TimeoutError:
+            for watcher in self.watchers:
+                watcher.hang_up()
+            raise
         self.producers = [
             Producer(
                 f"p{i}-{run}", address, self.history, plan.streams_each, plan.lease_ms,
