@@ -8,7 +8,9 @@ Rules (invariants 3 and 5):
              open epoch it only refreshes attributes.
   heartbeat  renews the lease iff its media sequence is larger than any before, until
              min(event time, applied time) + lease: a skewed clock can never lengthen a lease.
-  ended      of the current or a higher epoch ends the stream for good, however late it arrives.
+  ended      of the current or a higher epoch ends the stream for good, however late it arrives. Its value, if
+             not 0, is a time: then only the current session ends, and only without later proof of media.
+  impression of the current or a lower epoch is taken in any state and changes nothing.
   the rest   needs an open session; epoch 0 means the current one.
   A lower epoch never changes a higher one. Only applied events use up their sequence number.
 """
@@ -38,13 +40,14 @@ STARTED, HEARTBEAT, END, VIEWER_COUNT, JOINED, LEFT, WATCHED, CHATTED, LIKED = (
     17,
     18,
 )
-FOLLOWED, SHARED, BID, PURCHASED, REPORTED, MODERATED = 19, 20, 21, 22, 23, 24
+FOLLOWED, SHARED, BID, PURCHASED, REPORTED, MODERATED, IMPRESSION = 19, 20, 21, 22, 23, 24, 25
 
 # Verdicts: 0 applied, else the number of the proto's RejectCode.
 APPLIED = 0
 TOO_LATE, TOO_FAR_IN_FUTURE = 5, 6
 UNKNOWN_STREAM, EPOCH_BACKWARDS, EPOCH_UNKNOWN, STREAM_ENDED = 13, 14, 15, 16
 DUPLICATE_SEQUENCE, SEQUENCE_TOO_OLD, CAPACITY = 17, 18, 19
+RENEWED_SINCE = 21
 
 # What a moderation does (numbers of the proto's Moderated.Action) and the bits it sets.
 BLOCK, UNBLOCK, MARK_SPAM, CLEAR_SPAM = 1, 2, 3, 4
@@ -84,12 +87,14 @@ def _admit(
     epoch: int,
     time_ms: int,
     applied_ms: int,
+    value: float,
     state: int,
     current: int,
+    proven_ms: int,
     max_lateness_ms: int,
     max_future_ms: int,
 ) -> int:
-    """Reject code of an event with these columns against a row with this state and epoch."""
+    """Reject code of an event with these columns against a row with this state, epoch and newest proof of media."""
     if time_ms > applied_ms + max_future_ms:
         return TOO_FAR_IN_FUTURE
     if kind != END and time_ms < applied_ms - max_lateness_ms:
@@ -102,15 +107,18 @@ def _admit(
         return STREAM_ENDED if state == ENDED else APPLIED
     if state == FREE:
         return UNKNOWN_STREAM
+    if kind == IMPRESSION:
+        return EPOCH_UNKNOWN if epoch > current else APPLIED
     if kind == MODERATED and epoch == 0:
         return APPLIED
     if epoch != 0 and epoch < current:
         return EPOCH_BACKWARDS
+    conditional = kind == END and value != 0.0
     if epoch > current:
-        return APPLIED if kind == END else EPOCH_UNKNOWN
+        return APPLIED if kind == END and not conditional else EPOCH_UNKNOWN
     if state == ENDED and kind != MODERATED:
         return STREAM_ENDED
-    return APPLIED
+    return RENEWED_SINCE if conditional and proven_ms > value else APPLIED
 
 
 @njit(cache=True, nogil=True)
@@ -147,8 +155,8 @@ def _fence(
             codes[i] = CAPACITY if kind == STARTED else UNKNOWN_STREAM
             continue
         codes[i] = _admit(
-            kind, epochs[i], time_ms[i], applied_ms[i], columns.state[s], columns.epoch[s],
-            max_lateness_ms, max_future_ms,
+            kind, epochs[i], time_ms[i], applied_ms[i], values[i], columns.state[s], columns.epoch[s],
+            columns.lease_expires_ms[s] - lease_ms, max_lateness_ms, max_future_ms,
         )  # fmt: skip
         if codes[i] != APPLIED:
             continue
@@ -213,7 +221,7 @@ def fence_events(
 
     Args:
         slots: int32[n], -1 where the stream has no row (and, for a started, no row is left).
-        values: float64[n]; of a moderation its action.
+        values: float64[n]; of a moderation its action, of an end the time that makes it conditional (0: none).
         producers: int32[n], rows of ``highest`` uint64[P] and ``window_bits`` uint64[P, WORDS].
         applied_ms: int64[n], non-decreasing.
 

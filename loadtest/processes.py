@@ -91,10 +91,13 @@ def to_toml(settings: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def start_server(folder: Path, settings: dict[str, dict[str, Any]], within_s: float = 90.0) -> Server:
+def start_server(
+    folder: Path, settings: dict[str, dict[str, Any]], within_s: float = 90.0, module: str = "server"
+) -> Server:
     """Starts `liverank serve` on free ports with its files in ``folder`` and waits until it serves.
 
-    The caller stops it. A second start in the same folder recovers from the same log.
+    The caller stops it. A second start in the same folder recovers from the same log. Another ``module`` with
+    the same command line may stand in for the server; its stdin is a pipe.
 
     Raises:
         NotStartedError: it ended, or was not ready in time; the message holds the end of its log.
@@ -109,10 +112,10 @@ def start_server(folder: Path, settings: dict[str, dict[str, Any]], within_s: fl
     ready.unlink(missing_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server", "serve", "--config", str(config), "--ready-file", str(ready)],
+            [sys.executable, "-m", module, "serve", "--config", str(config), "--ready-file", str(ready)],
             stdout=out,
             stderr=out,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if module == "server" else subprocess.PIPE,
             cwd=ROOT,
         )
     try:
@@ -155,6 +158,21 @@ def cpu_seconds(pid: int) -> float:
     """User and system time a process has used, seconds (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def children_of(pid: int) -> dict[int, str]:
+    """Command lines of the direct children of a process, by process id, zombies left out (Linux)."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # ended while we looked
+                continue
+            if int(parent) == pid and state != "Z":
+                found[int(entry.name)] = line
+    return found
 
 
 def rss_bytes(pid: int) -> int:

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -62,11 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--config", type=Path, help="settings file (TOML)")
 
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
-    bench.add_argument("name", choices=["first", "kernels", "serve"])
+    bench.add_argument("name", choices=["faults", "first", "kernels", "liveness", "serve"])
     bench.add_argument("--streams", type=int, nargs="+", help="first, serve: sizes of the table")
     bench.add_argument("--concurrency", type=int, nargs="+", help="serve: callers at once")
-    bench.add_argument("--seconds", type=float, help="serve: length of one turn of one server")
-    bench.add_argument("--quick", action="store_true", help="kernels, serve: few runs, small table")
+    bench.add_argument("--seconds", type=float, help="serve: of one turn; liveness: of the run; faults: of the soak")
+    bench.add_argument("--quick", action="store_true", help="kernels, serve: few runs, small table; faults: short soak")
+    bench.add_argument("--only", nargs="+", help="faults: play only these")
 
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -105,6 +107,14 @@ def _run(options: argparse.Namespace) -> int:
         from loadtest.bench.serve import plan_from, run_serve
 
         return run_serve(plan_from(options.streams, options.concurrency, options.seconds, options.quick))
+    if options.command == "bench" and options.name == "liveness":
+        from loadtest.liveness.run import run_liveness
+
+        return run_liveness(options.seconds or 30.0)
+    if options.command == "bench" and options.name == "faults":
+        from loadtest.bench.faults import run_faults
+
+        return run_faults(options.only, options.seconds, options.quick)
     if options.command == "bench":
         from loadtest.bench.first import run_first
 
@@ -114,7 +124,14 @@ def _run(options: argparse.Namespace) -> int:
     return run_client(options)
 
 
+def _raise_file_limit() -> None:
+    """Every connection is an open file, and the usual soft limit of 1,024 would be the end of answering."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _serve(config: Path | None, ready_file: Path | None) -> int:
+    _raise_file_limit()
     # Blocked before any library starts a thread, then waited for: a handler runs only when the main thread
     # happens to wake up, and a signal that the kernel hands to another thread does not wake it.
     stops = {signal.SIGTERM, signal.SIGINT}

@@ -166,6 +166,8 @@ class App:
             ) from error
         self._commit.start()
         self.engine.start(self._commit, self._refresher)
+        # After a tick: leases that ran out while we were down are ends that a watcher may already have heard.
+        self.engine.call(lambda: None).result()
         self._grpc.start()
         warm_up(self.engine, self._backend)
         self._set_health(health_pb2.HealthCheckResponse.SERVING)

@@ -26,6 +26,7 @@ from server.errors import Draining, LiverankError, OffsetNotReached, Overloaded
 from server.live.ends import EndFeed
 from server.live.events import decode_batch
 from server.live.features import FeatureSet
+from server.live.impressions import EndTimes
 from server.live.table import End, LiveTable
 from server.log.base import EventLog
 from server.log.commit import Committed, GroupCommit
@@ -86,6 +87,7 @@ class Engine:
         self.features, self.streams, self.pipeline, self.ends = features, streams, pipeline, ends
         self._recorder, self._encode, self._on_fault = recorder, encode, on_fault
         self.applied_offset = 0
+        self._end_times = EndTimes(settings.serve.watch_buffer)
         self.scores = RefreshResult(
             np.zeros(0, np.int32), np.zeros(0, np.uint32), None, None, Level.FORMULA,
             ("no scores yet",), "", clock.now_ms(), 0,
@@ -185,6 +187,8 @@ class Engine:
             batch = decode_batch(record.payload, self.settings.table)
             applied = self.table.apply(batch.events, record.applied_ms)
             self.ends.publish(applied.ends)
+            # What was served before we went down is not known here to have come after an end.
+            self._end_times.remember(applied.ends, record.applied_ms, self.clock.now_ms())
             self.applied_offset = record.offset
             n += 1
         rows = np.arange(self.table.rows, dtype=np.int32)
@@ -277,6 +281,8 @@ class Engine:
             self._touched.append(applied.touched)
             self._publish_ends(applied.ends)
             self._recorder.applied(events, applied)
+            if seen := [row for row in events.impressions if applied.codes[row] == fence.APPLIED]:
+                self._recorder.impressions(self._end_times.causes(events, seen))
             outcomes.append((committed, PublishResult(committed.record.offset, applied.codes)))
         self._commit.applied(1)
         now_ms = self.clock.now_ms()
@@ -286,6 +292,8 @@ class Engine:
 
     def _publish_ends(self, ends: list[End]) -> None:
         if ends:
+            now_ms = self.clock.now_ms()
+            self._end_times.remember(ends, now_ms, now_ms)
             self.ends.publish(ends)
             self._recorder.ended(ends)
 
@@ -306,6 +314,7 @@ class Engine:
         self._recorder.ticked(self.table, self.streams, expired, self._rank_rows, time.perf_counter() - started)
         state = self.reply_state()
         self._recorder.disclosed(state.level, state.score_age_ms, state.applied_offset)
+        self._recorder.clock_stepped(self.clock.stepped_ms())
 
     def set_rules(self, book: RuleBook) -> None:
         """Takes other rules over, for all rows at once: no reply mixes the two."""

@@ -16,6 +16,7 @@ from kernels.slate import Outcome
 from kernels.verify import Drop
 from server.live.events import KIND_NAMES, EventColumns, Rejection
 from server.live.features import FeatureSet, State
+from server.live.impressions import Cause
 from server.live.table import Applied, End, Expired, LiveTable
 from server.log.commit import Committed
 from server.ranking.slates import SlateBatch, Tally
@@ -41,6 +42,7 @@ class Recorder:
         self._proposed_by = [metrics.source_candidates.labels(source.name) for source in SOURCES]
         self.model_transport: Callable[[], str] = lambda: ""
         """How tensors travel to the model now."""
+        self._dead_by = {cause: metrics.dead_impressions.labels(cause.value) for cause in Cause}
         self.events_applied = 0
         self.events_rejected = 0
 
@@ -83,6 +85,17 @@ class Recorder:
         kinds = committed.submission.batch.events.kind
         for _ in range(int(np.count_nonzero((kinds == fence.END) & (codes == fence.APPLIED)))):
             self.metrics.end_to_gone_seconds.observe(seconds)
+
+    def impressions(self, causes: list[Cause | None]) -> None:
+        """Clients reported these impressions; a cause where the session was over by then."""
+        self.metrics.impressions.inc(len(causes))
+        for cause in causes:
+            if cause is not None:
+                self._dead_by[cause].inc()
+
+    def clock_stepped(self, stepped_ms: int) -> None:
+        """How far the machine's clock is from the server's."""
+        self.metrics.clock_stepped_seconds.set(stepped_ms / 1000)
 
     def ended(self, ends: list[End]) -> None:
         """Sessions ended. Reasons are free text, so only the known causes become labels."""

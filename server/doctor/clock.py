@@ -30,8 +30,8 @@ def wall_clock(context: Context) -> Iterator[Finding]:
     if behind_ms > context.settings.table.max_future_ms:
         yield fail(
             "clock.wall",
-            f"{told}, {behind_ms / 1000:,.0f} s before the log's newest stamp ({_utc(last.applied_ms)}): table time "
-            "would stand still, and no lease run out, until the clock gets there",
+            f"{told}, {behind_ms / 1000:,.0f} s before the log's newest stamp ({_utc(last.applied_ms)}): the server "
+            "would begin there, ahead of its producers, and refuse or outdate their events",
             f"Set the clock. {SYNCHRONISE} If the log was written with a wrong clock, wait or move it aside.",
         )
     elif behind_ms > 0:

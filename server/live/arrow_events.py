@@ -1,8 +1,8 @@
 """Events that arrive as columns: one Arrow IPC stream with one record batch, a row per event.
 
 Same limits, codes and messages as the message form, because the same code says them: a row that the array checks
-flag is put into an Event message and handed to `check_event`. Python runs per start, per end and per refused row
-only; everything else stays in arrays. The schema is described in docs/columnar-events.md and in ingest.proto.
+flag is put into an Event message and handed to `check_event`. Python runs per start, end, impression and refused
+row only; everything else stays in arrays. The schema is described in docs/columnar-events.md and in ingest.proto.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from server.live.events import (
     NEEDS_EPOCH,
     DecodedBatch,
     EventColumns,
+    ImpressionRow,
     Reject,
     Rejection,
     StartedRow,
@@ -43,9 +44,11 @@ MAX_TEXT_BYTES = 16 << 20
 NUMBERS: dict[str, Any] = {
     "sequence": pa.uint64(), "event_time_ms": pa.int64(), "epoch": pa.uint64(), "media_sequence": pa.uint64(),
     "count": pa.uint32(), "seconds": pa.float32(), "amount_minor": pa.int64(), "action": pa.int32(),
-    "age_rating": pa.uint32(),
+    "age_rating": pa.uint32(), "only_if_not_renewed_since_ms": pa.int64(), "served_ms": pa.int64(),
+    "verify_by_ms": pa.int64(), "position": pa.uint32(),
 }  # fmt: skip
-TEXTS = ("stream_id", "viewer_id", "currency", "reason", "creator_id", "title", "language", "category", "region")
+TEXTS = ("stream_id", "viewer_id", "currency", "reason", "creator_id", "title", "language", "category", "region",
+         "request_id")  # fmt: skip
 LISTS: dict[str, Any] = {"embedding": pa.float32(), "tags": pa.utf8()}
 REQUIRED = ("sequence", "stream_id", "event_time_ms", "kind")
 COLUMNS = (*NUMBERS, *TEXTS, "kind", *LISTS)
@@ -181,7 +184,7 @@ class _Decoder:
                 bad[row] = True
                 rejected.append(Rejection(int(row), event.sequence, reject.code, str(reject)))
                 continue
-            if start is None:
+            if not isinstance(start, StartedRow):
                 raise RuntimeError(f"row {row}: the array checks refuse what the message checks accept")
             starts[int(row)] = start
         keep = np.flatnonzero(~bad)
@@ -205,6 +208,12 @@ class _Decoder:
             started={int(place[row]): start for row, start in starts.items() if not bad[row]},
             ended_reason={
                 int(at): reason.value(int(reason.codes[keep[at]])) for at in np.flatnonzero(kind == fence.END)
+            },
+            impressions={
+                int(at): ImpressionRow(
+                    int(self._numbers["served_ms"][keep[at]]), int(self._numbers["verify_by_ms"][keep[at]])
+                )
+                for at in np.flatnonzero(kind == fence.IMPRESSION)
             },
         )
         return DecodedBatch(events, rejected)
@@ -283,6 +292,15 @@ class _Decoder:
         bad |= reasoned & (self._texts["reason"].row_lengths() > ID_BYTES)
         value[kind == fence.REPORTED] = 1.0
 
+        ended, since_ms = kind == fence.END, numbers["only_if_not_renewed_since_ms"]
+        bad |= ended & ((since_ms < 0) | (since_ms >= MAX_TIME_MS))
+        value[ended] = since_ms[ended]
+
+        seen = kind == fence.IMPRESSION
+        bad |= seen & (self._texts["request_id"].row_lengths() > ID_BYTES)
+        for name in ("served_ms", "verify_by_ms"):
+            bad |= seen & ((numbers[name] <= 0) | (numbers[name] >= MAX_TIME_MS))
+
         moderated = kind == fence.MODERATED
         actions = (fence.BLOCK, fence.UNBLOCK, fence.MARK_SPAM, fence.CLEAR_SPAM)
         bad |= moderated & ~np.isin(numbers["action"], actions)
@@ -325,8 +343,10 @@ class _Decoder:
 
 _FIELDS: dict[str, tuple[str, ...]] = {
     "Started": (*_STARTED_TEXTS, "age_rating", "embedding", "tags"), "Heartbeat": ("media_sequence",),
-    "Ended": ("reason",), "ViewerCount": ("count",), "Interaction": ("count",), "Watched": ("seconds",),
+    "Ended": ("reason", "only_if_not_renewed_since_ms"),
+    "ViewerCount": ("count",), "Interaction": ("count",), "Watched": ("seconds",),
     "Money": ("amount_minor", "currency"), "Reported": ("reason",), "Moderated": ("action",),
+    "Impression": ("request_id", "served_ms", "verify_by_ms", "position"),
 }  # fmt: skip
 """Columns that each payload message takes; named as its fields."""
 

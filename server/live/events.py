@@ -38,6 +38,14 @@ class StartedRow:
 
 
 @dataclass(frozen=True)
+class ImpressionRow:
+    """Attributes of one impression: the times of the reply that served it, Unix ms."""
+
+    served_ms: int
+    verify_by_ms: int
+
+
+@dataclass(frozen=True)
 class Rejection:
     """One event that was not applied: its place in the batch, and why."""
 
@@ -53,8 +61,8 @@ class EventColumns:
 
     index int32[n] (place in the batch), sequence uint64[n], ids uint8[n, 64], id_lengths uint8[n],
     kind uint8[n], epoch int64[n], time_ms int64[n], value float64[n] (count, seconds, amount in the
-    reference currency, or moderation action), media_sequence int64[n], viewer_hash uint64[n] (0 none).
-    started and ended_reason are keyed by row.
+    reference currency, moderation action, or time that makes an end conditional), media_sequence int64[n],
+    viewer_hash uint64[n] (0 none). started, ended_reason and impressions are keyed by row.
     """
 
     producer_id: str
@@ -70,6 +78,7 @@ class EventColumns:
     viewer_hash: NDArray[np.uint64]
     started: dict[int, StartedRow] = field(default_factory=dict)
     ended_reason: dict[int, str] = field(default_factory=dict)
+    impressions: dict[int, ImpressionRow] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.index.shape[0])
@@ -134,6 +143,18 @@ def _started(event: Any, settings: TableSettings) -> StartedRow:
     )  # fmt: skip
 
 
+def _impression(event: Any) -> ImpressionRow:
+    impression = event.impression
+    _too_long("impression.request_id", impression.request_id, ID_BYTES)
+    for name in ("served_ms", "verify_by_ms"):
+        if not 0 < getattr(impression, name) < MAX_TIME_MS:
+            raise Reject(
+                pb.VALUE_OUT_OF_RANGE,
+                f"impression.{name}: 1 to {MAX_TIME_MS - 1} allowed, got {getattr(impression, name)}",
+            )
+    return ImpressionRow(impression.served_ms, impression.verify_by_ms)
+
+
 def _value(event: Any, kind: int, settings: TableSettings) -> float:
     """The number an event carries, checked; its meaning depends on the kind."""
     if kind == fence.VIEWER_COUNT:
@@ -170,6 +191,13 @@ def _value(event: Any, kind: int, settings: TableSettings) -> float:
         return float(event.moderated.action)
     if kind == fence.END:
         _too_long("ended.reason", event.ended.reason, ID_BYTES)
+        since_ms = event.ended.only_if_not_renewed_since_ms
+        if not 0 <= since_ms < MAX_TIME_MS:
+            raise Reject(
+                pb.VALUE_OUT_OF_RANGE,
+                f"ended.only_if_not_renewed_since_ms: 0 to {MAX_TIME_MS - 1} allowed, got {since_ms}",
+            )
+        return float(since_ms)
     if kind in INTERACTIONS:
         return max(1.0, _count("count", getattr(event, INTERACTIONS[kind]).count))
     return 0.0
@@ -185,9 +213,10 @@ KINDS = {
     "watched": fence.WATCHED, "chatted": fence.CHATTED, "liked": fence.LIKED,
     "followed": fence.FOLLOWED, "shared": fence.SHARED, "bid": fence.BID,
     "purchased": fence.PURCHASED, "reported": fence.REPORTED, "moderated": fence.MODERATED,
+    "impression": fence.IMPRESSION,
 }  # fmt: skip
 KIND_NAMES = {number: name for name, number in KINDS.items()}
-NEEDS_EPOCH = (fence.STARTED, fence.HEARTBEAT, fence.END)
+NEEDS_EPOCH = (fence.STARTED, fence.HEARTBEAT, fence.END, fence.IMPRESSION)
 
 
 def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
@@ -220,15 +249,18 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
     viewers: list[bytes] = []
     started: dict[int, StartedRow] = {}
     ended_reason: dict[int, str] = {}
+    impressions: dict[int, ImpressionRow] = {}
     rejected: list[Rejection] = []
     for i, event in enumerate(batch.events):
         try:
-            kind, value, start = check_event(event, settings)
+            kind, value, row = check_event(event, settings)
         except Reject as reject:
             rejected.append(Rejection(i, event.sequence, reject.code, str(reject)))
             continue
-        if start is not None:
-            started[len(index)] = start
+        if isinstance(row, StartedRow):
+            started[len(index)] = row
+        elif isinstance(row, ImpressionRow):
+            impressions[len(index)] = row
         elif kind == fence.END:
             ended_reason[len(index)] = event.ended.reason
         media_sequence = min(event.heartbeat.media_sequence, MAX_I63) if kind == fence.HEARTBEAT else 0
@@ -252,12 +284,13 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
         viewer_hash=hash_ids(*pack_ids(viewers)),
         started=started,
         ended_reason=ended_reason,
+        impressions=impressions,
     )
     return DecodedBatch(events, rejected)
 
 
-def check_event(event: Any, settings: TableSettings) -> tuple[int, float, StartedRow | None]:
-    """(kind, value, attributes of a start) of one Event message.
+def check_event(event: Any, settings: TableSettings) -> tuple[int, float, StartedRow | ImpressionRow | None]:
+    """(kind, value, attributes of a start or an impression) of one Event message.
 
     Raises:
         Reject: it is malformed; says how.
@@ -265,7 +298,9 @@ def check_event(event: Any, settings: TableSettings) -> tuple[int, float, Starte
     kind = _check_header(event, event.stream_id.encode())
     _too_long("viewer_id", event.viewer_id, ID_BYTES)
     value = _value(event, kind, settings)
-    return kind, value, _started(event, settings) if kind == fence.STARTED else None
+    if kind == fence.STARTED:
+        return kind, value, _started(event, settings)
+    return kind, value, _impression(event) if kind == fence.IMPRESSION else None
 
 
 def _check_header(event: Any, stream_id: bytes) -> int:

@@ -236,7 +236,7 @@ class LiveTable:
     def _count(self, events: EventColumns, slots: NDArray[np.int32], ok: NDArray[np.bool_]) -> None:
         """Counters, gauges and sketches of the applied events that belong to the current session."""
         columns = self.columns
-        current = ok.copy()
+        current = ok & (events.kind != fence.IMPRESSION)  # what clients saw is no activity of the stream
         current[ok] &= (events.epoch[ok] == 0) | (events.epoch[ok] == columns.epoch[slots[ok]])
         if not current.any():
             return

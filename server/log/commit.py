@@ -65,6 +65,7 @@ class GroupCommit:
         last = log.last
         self._offset = last.offset if last else 0
         self._stamp_ms = last.applied_ms if last else 0
+        clock.not_before(self._stamp_ms)  # else leases would stand still until the clock gets there
         self._group: list[Submission] = []  # being written
         self._on_fault = on_fault
         self._stopping = False

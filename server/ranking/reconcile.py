@@ -24,6 +24,9 @@ class Reconciliation:
 def find_absent(table: LiveTable, live_ids: list[bytes], as_of_ms: int) -> Reconciliation:
     """Open sessions that are not in the list and were not renewed since it was true.
 
+    A proposal: their ends are applied later, through the log, and are conditional on the same comparison
+    (`kernels/fence`), because a session may be renewed in between.
+
     Raises:
         Refused: that would end more than the configured share of all open sessions.
     """

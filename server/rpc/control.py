@@ -36,9 +36,11 @@ class Control:
         return result.offset
 
     def end_streams(self, streams: list[tuple[str, int]], as_of_ms: int, reason: str) -> tuple[list[str], int]:
-        """Ends sessions (stream_id, epoch); returns the ids that ended, and the last offset (0: none).
+        """Ends sessions (stream_id, epoch) not renewed since ``as_of_ms``; returns the ids that ended, and the
+        last offset (0: none).
 
-        A session that ended or restarted in the meantime is left alone: its epoch fences it.
+        Whoever asks decided on a table of a moment ago. A session that ended or restarted in the meantime is
+        left alone because its epoch fences it, one that was renewed because each end is conditional.
         """
         ended: list[str] = []
         offset = 0
@@ -49,6 +51,7 @@ class Control:
             for stream_id, epoch in chunk:
                 event = pb.Event(stream_id=stream_id, epoch=epoch, event_time_ms=as_of_ms)
                 event.ended.reason = reason
+                event.ended.only_if_not_renewed_since_ms = as_of_ms
                 events.append(event)
             result = self._publish(events)
             offset = result.offset

@@ -25,6 +25,7 @@ _MESSAGES: dict[int, str] = {
     pb.STREAM_ENDED: "epoch: this session is over; end is final, start a higher epoch",
     pb.DUPLICATE_SEQUENCE: "sequence: already applied",
     pb.SEQUENCE_TOO_OLD: "sequence: more than 65,535 below this producer's highest",
+    pb.RENEWED_SINCE: "ended.only_if_not_renewed_since_ms: media progress later than this was seen",
     pb.CAPACITY: "the table is full ({capacity} rows); no live stream is evicted for a new one",
 }
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import InferenceServerClient, InferResult
+from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
 from server.errors import BadScores, ScorerTimeout, ScorerUnavailable, ScoringError
 from server.scoring.base import Scores
-from server.scoring.model_config import OUTPUT, check_config
+from server.scoring.model_config import INPUT, OUTPUT, check_config
 from server.scoring.shapes import checked_features, checked_scores
 from server.scoring.transport import PlainTensors, Transport
 
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 HEAL_AFTER_FAILURES = 3
 HEAL_TIMEOUT_S = 30.0
 RECONNECT_AFTER_TIMEOUTS = 3
+DIAGNOSE_TIMEOUT_S = 10.0
+"""Triton takes about a second per request to find that a model's process is gone, longer than a deadline should
+be; requests that were given up are still in front."""
 
 # What Triton, or gRPC on the way to it, means by each status. A status that is not here is a surprise and
 # counts as unavailable; a test holds this table against grpc.StatusCode.
@@ -65,7 +69,10 @@ class TritonScorer:
     A model whose stub process was killed answers INTERNAL for ever while it says it is ready. After
     HEAL_AFTER_FAILURES such answers in a row the model is unloaded and loaded again, in a thread of its own
     because that outlasts a deadline. Should INTERNAL go on, the next try comes after twice as many. This
-    needs Triton's explicit model control; without it Triton refuses, and that is logged.
+    needs Triton's explicit model control; without it Triton refuses, and that is logged. A deadline that is
+    shorter than Triton's own patience sees timeouts instead: after RECONNECT_AFTER_TIMEOUTS in a row, the same
+    thread asks once with more time, and reloads only if the answer is INTERNAL. Until it knows, nothing else is
+    asked: abandoned requests would only queue up in front of its own.
 
     Args:
         tensors: how they travel (`open_transport`); plain if not given. Closed with the scorer.
@@ -91,6 +98,7 @@ class TritonScorer:
         self._heal_at = HEAL_AFTER_FAILURES
         self._healer: threading.Thread | None = None
         self._timeouts_in_a_row = 0
+        self._diagnosing = False
         self._closed = False
         self.heals = 0
         self.heal_failures = 0
@@ -105,6 +113,8 @@ class TritonScorer:
         if self._closed:
             raise ScorerUnavailable("the scorer is closed")
         rows = checked_features(features, self._n_features)
+        if self._diagnosing:
+            raise ScorerTimeout(f"{self._model} at {self._address} did not answer in time; finding out why")
         ends_at = time.monotonic() + deadline_s
         try:
             scores = self._ask(rows, ends_at)
@@ -180,18 +190,41 @@ class TritonScorer:
             self._timeouts_in_a_row += 1
             if self._timeouts_in_a_row % RECONNECT_AFTER_TIMEOUTS == 0:
                 self._disconnect()  # a peer that vanished without a word looks exactly like a slow one
+                self._heal_in_background(self._heal_if_broken)
         else:
             self._timeouts_in_a_row = 0
         if status == "INTERNAL":
             self._internal_in_a_row += 1
             if self._internal_in_a_row >= self._heal_at and not self._is_healing():
                 self._heal_at = 2 * self._internal_in_a_row
-                self._healer = threading.Thread(target=self._heal, name="triton-heal", daemon=True)
-                self._healer.start()
+                self._heal_in_background(self._heal)
         return kind(f"{self._model} at {self._address}: {status}: {error.message()}")
 
     def _is_healing(self) -> bool:
         return self._healer is not None and self._healer.is_alive()
+
+    def _heal_in_background(self, heal: Callable[[], None]) -> None:
+        if not self._is_healing():
+            self._healer = threading.Thread(target=heal, name="triton-heal", daemon=True)
+            self._healer.start()
+
+    def _heal_if_broken(self) -> None:
+        """Asks about one row with patience; a model that is only slow, or a Triton that hangs, is left alone."""
+        self._diagnosing = True
+        client = self._connect()
+        row = np.zeros((1, self._n_features), np.float32)
+        tensor = InferInput(INPUT, row.shape, "FP32").set_data_from_numpy(row)
+        try:
+            client.infer(self._model, [tensor], client_timeout=DIAGNOSE_TIMEOUT_S)
+        except InferenceServerException as error:
+            broken = (error.status() or "").removeprefix("StatusCode.") == "INTERNAL"
+        else:
+            broken = False
+        finally:
+            self._diagnosing = False
+            client.close()
+        if broken:
+            self._heal()
 
     def _heal(self) -> None:
         """Unloads and loads the model, on a connection of its own. Runs in the thread ``triton-heal``."""

@@ -58,6 +58,18 @@ class Metrics:
             buckets=_SECONDS,
             registry=r,
         )
+        self.impressions = Counter("liverank_impressions_total", "Impressions that clients reported", registry=r)
+        self.dead_impressions = Counter(
+            "liverank_dead_impressions_total",
+            "Impressions of sessions that were over: us (must be 0), cache (past verify_by), client (on the way)",
+            ["cause"],
+            registry=r,
+        )
+        self.clock_stepped_seconds = Gauge(
+            "liverank_clock_stepped_seconds",
+            "Machine's clock minus server's while they disagree by a step, which is not followed; 0: they agree",
+            registry=r,
+        )
         self.source_candidates = Counter(
             "liverank_source_candidates_total",
             "Candidates proposed (one may count for several sources)",

@@ -10,6 +10,7 @@ import pytest
 from liverank.v1 import admin_pb2, ingest_pb2, liveness_pb2, ranking_pb2
 
 from server.clock import ManualClock
+from server.rpc.control import Control
 from tests.app import Client, running_app, status_of
 from tests.events import T0, event, started
 from tests.triton_server import eventually
@@ -190,6 +191,30 @@ def test_reconciling_ends_what_the_media_server_does_not_know(tmp_path: Path) ->
         with pytest.raises(grpc.RpcError) as failed:
             client.liveness.Reconcile(liveness_pb2.ReconcileRequest(as_of_ms=0), timeout=10.0)
         assert status_of(failed.value)[1].startswith("as_of_ms: ")
+
+
+def test_a_stream_renewed_while_a_list_is_being_compared_is_not_ended_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reconcile decides on the table of a moment ago; the decision holds only if it still does when applied."""
+    clock = ManualClock(T0)
+    with running_app(tmp_path, clock) as client:
+        client.publish(*(started(f"s{i}", 0) for i in range(4)))
+        clock.advance(3_000)
+        original = Control.end_streams
+
+        def renewed_meanwhile(self: Control, streams: list[tuple[str, int]], as_of_ms: int, reason: str) -> object:
+            assert [s for s, _ in streams] == ["s2", "s3"]
+            client.publish(event("s2", 0, T0 + 3_000, epoch=1, heartbeat={"media_sequence": 1}))
+            return original(self, streams, as_of_ms, reason)
+
+        monkeypatch.setattr(Control, "end_streams", renewed_meanwhile)
+        request = liveness_pb2.ReconcileRequest(as_of_ms=T0 + 2_000, live_stream_ids=["s0", "s1"])
+        done = client.liveness.Reconcile(request, timeout=10.0)
+        assert list(done.ended_stream_ids) == ["s3"]
+        assert set(client.shown()) == {"s0", "s1", "s2"}
+    with running_app(tmp_path, clock) as client:  # decided again, from the log
+        assert set(client.shown()) == {"s0", "s1", "s2"}
 
 
 def test_an_acknowledgement_names_every_refused_event_and_the_rest_is_visible(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def test_a_hung_triton_is_a_timeout_within_the_deadline_and_comes_back(own_trito
             return False
 
     ts.eventually(answers)
+    assert scorer.heals == scorer.heal_failures == 0, "nothing was wrong with the model"
     scorer.close()
 
 

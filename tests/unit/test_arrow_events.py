@@ -63,6 +63,8 @@ ONE_OF_EACH = [
     event("s", 11, epoch=1, ended={"reason": "creator"}),
     event("a\0", 12, liked={}),
     started("t", 13, epoch=2),
+    event("t", 14, epoch=2, ended={"only_if_not_renewed_since_ms": T0}),
+    event("t", 15, epoch=2, impression={"request_id": "r", "served_ms": T0, "verify_by_ms": T0 + 9, "position": 3}),
 ]
 ALL_BAD = [
     pb.Event(sequence=1, stream_id="s", event_time_ms=T0),
@@ -88,6 +90,10 @@ ALL_BAD = [
     event("s", 20, moderated={"action": 0}),
     event("s", 21, chatted={"count": 4_000_000_000}),
     started("s", 22, tags=["t" * 65]),
+    event("s", 23, epoch=1, ended={"only_if_not_renewed_since_ms": -1}),
+    event("s", 24, epoch=1, impression={"served_ms": 0, "verify_by_ms": 1}),
+    event("s", 25, epoch=1, impression={"served_ms": 1, "verify_by_ms": MAX_TIME_MS}),
+    event("s", 26, epoch=1, impression={"request_id": "r" * 65, "served_ms": 1, "verify_by_ms": 1}),
 ]
 
 
@@ -134,6 +140,7 @@ def test_null_is_the_default_of_its_field() -> None:
 
 
 NUMBERS = st.one_of(st.integers(0, 70), st.sampled_from([(1 << 63) - 1, 1 << 63, (1 << 64) - 1]))
+TIMES = st.one_of(st.just(T0), st.integers(-(1 << 63), (1 << 63) - 1))
 TEXT = st.one_of(st.text(max_size=8), st.text(st.characters(codec="utf-8"), min_size=30, max_size=70))
 
 
@@ -141,7 +148,7 @@ TEXT = st.one_of(st.text(max_size=8), st.text(st.characters(codec="utf-8"), min_
 def any_event(draw: st.DrawFn) -> pb.Event:
     made = pb.Event(
         sequence=draw(NUMBERS), stream_id=draw(TEXT), epoch=draw(NUMBERS), viewer_id=draw(TEXT),
-        event_time_ms=draw(st.one_of(st.just(T0), st.integers(-(1 << 63), (1 << 63) - 1))),
+        event_time_ms=draw(TIMES),
     )  # fmt: skip
     case = draw(st.sampled_from(["", *[f.name for f in pb.Event.DESCRIPTOR.oneofs_by_name["payload"].fields]]))
     if not case:
@@ -153,6 +160,8 @@ def any_event(draw: st.DrawFn) -> pb.Event:
         "amount_minor": st.one_of(st.integers(0, 5000), st.integers(-(1 << 63), (1 << 63) - 1)),
         "currency": st.sampled_from(["USD", "JPY", "", "XXX"]), "action": st.integers(0, 5),
         "age_rating": st.integers(0, 25), "media_sequence": NUMBERS,
+        "position": st.integers(0, 50),
+        **dict.fromkeys(("only_if_not_renewed_since_ms", "served_ms", "verify_by_ms"), TIMES),
     }  # fmt: skip
     for field in part.DESCRIPTOR.fields:
         if field.name == "embedding":

@@ -143,6 +143,20 @@ def test_an_end_is_applied_however_late_it_arrives(table: LiveTable) -> None:
     assert applied.codes.tolist() == [pb.TOO_LATE, 0] and state(table) == fence.ENDED
 
 
+def test_a_conditional_end_counts_only_without_later_proof_of_media(table: LiveTable) -> None:
+    def end(sequence: int, since_ms: int, epoch: int = 1) -> pb.Event:
+        return event("s", sequence, epoch=epoch, ended={"only_if_not_renewed_since_ms": since_ms})
+
+    apply(table, event("s", 2, T0 + 500, 1, heartbeat={"media_sequence": 5}), at_ms=T0 + 500)
+    assert apply(table, end(3, T0 + 499), at_ms=T0 + 600).codes.tolist() == [pb.RENEWED_SINCE]
+    stalled = event("s", 4, T0 + 600, 1, heartbeat={"media_sequence": 5})
+    assert apply(table, stalled, end(5, T0 + 550, epoch=2), at_ms=T0 + 600).codes.tolist() == [0, pb.EPOCH_UNKNOWN]
+    assert state(table) == fence.LIVE
+    applied = apply(table, end(6, T0 + 500), at_ms=T0 + 700)
+    assert applied.codes.tolist() == [0] and [e.epoch for e in applied.ends] == [1], "no media since: it is over"
+    assert apply(table, end(7, T0 + 500), at_ms=T0 + 700).codes.tolist() == [pb.STREAM_ENDED]
+
+
 def test_an_event_from_the_future_is_refused(table: LiveTable) -> None:
     codes = apply(table, event("s", 2, T0 + 5_001, chatted={}), event("s", 3, T0 + 5_000, chatted={})).codes
     assert codes.tolist() == [pb.TOO_FAR_IN_FUTURE, 0]

@@ -1,0 +1,72 @@
+"""`liverank bench liveness`: the checker against real processes that are killed and come back meanwhile."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from loadtest.faults.stage import WITHIN_S, Stage, open_stage
+from loadtest.liveness.check import Verdict, check
+from loadtest.liveness.traffic import Traffic, TrafficPlan
+from loadtest.processes import ROOT, wait_for
+
+SHOWN = 10
+FAULT_EVERY_S = 4.0
+
+
+def check_liveness(stage: Stage, plan: TrafficPlan, seconds: float, fault_every_s: float) -> Verdict:
+    """Traffic on ``stage`` for ``seconds``; every ``fault_every_s`` the server or (by turns) Triton is killed with
+    -9 and started again. Returns the verdict on the whole history."""
+    traffic = Traffic(stage.address, plan)
+    pause = threading.Event()
+    begun_s = time.monotonic()
+    try:
+        while (left_s := begun_s + seconds - time.monotonic()) > 0:
+            pause.wait(min(left_s, fault_every_s))
+            if time.monotonic() - begun_s >= seconds:
+                break
+            if traffic.history.kills % 2 == 0 or stage.no_triton:
+                stage.kill_server()
+                traffic.history.kills += 1
+                stage.start_server()
+            else:
+                stage.kill_triton()
+                traffic.history.kills += 1
+                stage.restart_triton()
+            # Progress, not only life: replies came after the fault.
+            replies = len(traffic.history.replies)
+            wait_for(lambda seen=replies: len(traffic.history.replies) > seen, WITHIN_S, "replies after a kill")
+    finally:
+        history = traffic.finish()
+    return check(history, plan.lease_ms)
+
+
+def run_liveness(seconds: float, fault_every_s: float = FAULT_EVERY_S) -> int:
+    """Runs the checker, prints what it found and, last, a line of JSON. Returns 0, or 1 when it found anything."""
+    with tempfile.TemporaryDirectory(prefix="liverank-liveness-") as folder, open_stage(Path(folder)) as stage:
+        if stage.no_triton:
+            print(f"without Triton: {stage.no_triton}")
+        verdict = check_liveness(stage, TrafficPlan(), seconds, fault_every_s)
+    table = Table(title="Liveness: what producers, rankers and watchers were told")
+    for name in verdict.summary():
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_row(*(f"{value:,}" for value in verdict.summary().values()))
+    console = Console(width=120)
+    console.print(table)
+    for found in (verdict.violations, verdict.missing_events, verdict.missed_watch_ends):
+        for line in found[:SHOWN]:
+            console.print(line, style="red")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    told = {"bench": "liveness", "commit": commit, "machine": platform.processor() or platform.machine()}
+    print(json.dumps({**told, "seconds": seconds, "triton": not stage.no_triton, **verdict.summary()}))
+    return 0 if verdict.ok else 1
