@@ -5,13 +5,15 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from server.channel import open_channel
+
 SERVICE = "liverank.v1.Ranking"
 TIMEOUT_S = 2.0
 
 
 def ask_health(host: str, port: int) -> str | None:
     """The status that liverank's own service has there, such as "SERVING"; None when no liverank answers."""
-    with grpc.insecure_channel(f"{reachable(host)}:{port}") as channel:
+    with open_channel(f"{reachable(host)}:{port}") as channel:  # with TLS if LIVERANK_CLIENT__* says so
         try:
             # Only a liverank knows this service; another health server answers NOT_FOUND.
             reply = health_pb2_grpc.HealthStub(channel).Check(

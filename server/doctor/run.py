@@ -72,7 +72,7 @@ def _outcome(check: Check, context: Context) -> list[Finding]:
 
 def unknown_variables() -> list[Finding]:
     """LIVERANK_ variables that name no section: they would be ignored without a word."""
-    sections = tuple(f"LIVERANK_{name.upper()}" for name in Settings.model_fields)
+    sections = tuple(f"LIVERANK_{name.upper()}" for name in (*Settings.model_fields, "client"))
     stray = sorted(
         name
         for name in os.environ

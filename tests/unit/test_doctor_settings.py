@@ -24,6 +24,8 @@ from tests.app import FEATURES, put_current_model
 from tests.doctor import all_ok, context, found, the_failure
 from tests.triton_server import put_model, small_net
 
+PUBLIC = {"allow_insecure_public": True}
+
 
 def test_free_ports_are_ok(tmp_path: Path) -> None:
     assert all_ok(ports.ports, context(tmp_path))
@@ -54,9 +56,9 @@ def test_the_same_port_twice_fails(tmp_path: Path) -> None:
 
 
 def test_an_address_of_another_machine_fails(tmp_path: Path) -> None:
-    told = found(ports.ports, context(tmp_path, serve={"host": "192.0.2.1"}))
+    told = found(ports.ports, context(tmp_path, serve={"host": "192.0.2.1"}, security=PUBLIC))
     assert told["ports.grpc"].status is Status.FAIL and "serve.host" in told["ports.grpc"].mend
-    told = found(ports.ports, context(tmp_path, serve={"host": "no such host"}))
+    told = found(ports.ports, context(tmp_path, serve={"host": "no such host"}, security=PUBLIC))
     assert told["ports.grpc"].status is Status.FAIL
 
 
