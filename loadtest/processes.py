@@ -91,7 +91,9 @@ def to_toml(settings: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def start_server(folder: Path, settings: dict[str, dict[str, Any]], within_s: float = 90.0) -> Server:
+def start_server(
+    folder: Path, settings: dict[str, dict[str, Any]], within_s: float = 90.0, options: tuple[str, ...] = ()
+) -> Server:
     """Starts `liverank serve` on free ports with its files in ``folder`` and waits until it serves.
 
     The caller stops it. A second start in the same folder recovers from the same log.
@@ -109,7 +111,7 @@ def start_server(folder: Path, settings: dict[str, dict[str, Any]], within_s: fl
     ready.unlink(missing_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server", "serve", "--config", str(config), "--ready-file", str(ready)],
+            [sys.executable, "-m", "server", "serve", "--config", str(config), "--ready-file", str(ready), *options],
             stdout=out,
             stderr=out,
             stdin=subprocess.DEVNULL,

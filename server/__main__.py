@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     level = getattr(options, "log_level", "info").upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("numba").setLevel(logging.INFO)  # at DEBUG it prints every instruction that it compiles
     try:
         return _run(options)
     except LiverankError as error:

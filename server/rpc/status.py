@@ -100,5 +100,6 @@ def abort(recorder: Recorder, method: str, error: Exception, context: grpc.Servi
         pushback = str(error.retry_after_ms) if isinstance(error, RateLimited) else RETRY_PUSHBACK_MS
         context.set_trailing_metadata((("grpc-retry-pushback-ms", pushback),))
     recorder.refused(method, code.name)
+    logger.debug("%s: %s: %s", method, code.name, message)  # messages repeat no viewer id and no token
     context.abort(code, message)
     raise AssertionError("abort raises")

@@ -38,9 +38,11 @@ def test_a_hash_fits_its_token_and_no_other_and_does_not_contain_it() -> None:
     assert token.split(".")[1] not in hashed and hash_token(token) != hashed, "salted"
 
 
-@pytest.mark.parametrize("token", ["", "feed", "feed.short", "feed.with a space" + "x" * 40, ".x" * 40, "a." + "x" * 300])
+@pytest.mark.parametrize(
+    "token", ["", "feed", "feed.short", "feed.with a space" + "x" * 40, ".x" * 40, "a." + "x" * 300]
+)
 def test_what_could_be_guessed_is_no_token(token: str) -> None:
-    with pytest.raises(ConfigError, match="^token: NAME.SECRET wanted") as refused:
+    with pytest.raises(ConfigError, match=r"^token: NAME.SECRET wanted") as refused:
         hash_token(token)
     assert not token or token not in str(refused.value)
 
@@ -53,9 +55,11 @@ def test_a_token_is_known_by_any_of_its_hashes_so_that_two_can_overlap() -> None
         assert identity.name == "token:reader" and identity.roles == {Role.READER}
 
 
-@pytest.mark.parametrize("token", ["", "reader", TOKENS["reader"] + "x", TOKENS["other"], new_token("reader"), "é" * 50])
+@pytest.mark.parametrize(
+    "token", ["", "reader", TOKENS["reader"] + "x", TOKENS["other"], new_token("reader"), "é" * 50]
+)
 def test_another_token_is_refused_without_a_hint(token: str) -> None:
-    with pytest.raises(Unauthenticated, match="^authorization: this token is not, or no longer, accepted$"):
+    with pytest.raises(Unauthenticated, match=r"^authorization: this token is not, or no longer, accepted$"):
         access(entry()).identify(token, (), 0)
 
 
@@ -211,7 +215,7 @@ def test_a_line_that_cannot_be_written_is_counted_and_harms_nobody(tmp_path: Pat
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "10.0.0.1", "example.com", "localhost.example.com", ""])
 def test_an_open_server_beyond_loopback_is_refused_unless_allowed(host: str) -> None:
-    with pytest.raises(ConfigError, match="serve.host: .* security.cert_file and security.access_file are not set"):
+    with pytest.raises(ConfigError, match=r"serve.host: .* security.cert_file and security.access_file are not set"):
         parse_settings({"serve": {"host": host}})
     allowed = parse_settings({"serve": {"host": host}, "security": {"allow_insecure_public": True}})
     assert allowed.metrics_host == "127.0.0.1"
@@ -224,9 +228,9 @@ def test_loopback_needs_nothing(host: str) -> None:
 
 def test_beyond_loopback_both_tls_and_an_access_file_are_needed() -> None:
     tls: dict[str, Any] = {"cert_file": "c.pem", "key_file": "k.pem"}
-    with pytest.raises(ConfigError, match="security.access_file is not set, so anybody could publish and administer"):
+    with pytest.raises(ConfigError, match=r"security.access_file is not set, so anybody could publish and administer"):
         parse_settings({"serve": {"host": "0.0.0.0"}, "security": tls})
-    with pytest.raises(ConfigError, match="security.cert_file is not set, so anybody could read along"):
+    with pytest.raises(ConfigError, match=r"security.cert_file is not set, so anybody could read along"):
         parse_settings({"serve": {"host": "0.0.0.0"}, "security": {"access_file": "a.toml"}})
     safe = parse_settings({"serve": {"host": "0.0.0.0"}, "security": {**tls, "access_file": "a.toml"}})
     assert safe.metrics_host == "127.0.0.1"
