@@ -14,10 +14,11 @@ serve: setup                       ## a server with the default settings (model 
 	$(BIN)/liverank serve
 test: $(VENV)/.testing triton      ## all tests, a real Triton included
 	$(BIN)/python -m pytest
-check: $(VENV)/.testing            ## style, types
+check: $(VENV)/.testing            ## style, types, and what bandit finds suspicious
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml server kernels loadtest models triton proto
 bench: setup                       ## first figures; the last line is JSON
 	$(BIN)/liverank bench first
 train: $(VENV)/.testing            ## trains the shipped trendiness model from the simulator

@@ -46,7 +46,7 @@ class Gatekeeper(grpc.ServerInterceptor):
         return wrapped
 
     def _wrap(self, handler: grpc.RpcMethodHandler, access: Access) -> grpc.RpcMethodHandler:
-        parse = _parser(handler.request_deserializer)
+        parse = parser_of(handler.request_deserializer)
         if not handler.request_streaming and not handler.response_streaming:
             unary = self._unary(handler.unary_unary, parse, access)
             return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
@@ -174,7 +174,7 @@ def _certificate_names(context: grpc.ServicerContext) -> list[str]:
     return [name.decode(errors="replace") for name in context.peer_identities() or ()]
 
 
-def _parser(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+def parser_of(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
     if deserializer is None:
         return lambda payload: payload
 

@@ -95,7 +95,7 @@ class Gate:
             limited = self._settings.requests_per_second or self._settings.max_open_streams_per_client
             return replace(ANYBODY, name=f"peer:{host_of(peer())}") if limited or access.audited else ANYBODY
         try:
-            token = None if authorization is None else _bearer(authorization)
+            token = None if authorization is None else bearer(authorization)
             return self._access.identify(token, names() if token is None else (), self._clock.now_ms())
         except Unauthenticated as error:
             counted = self._counted(error)
@@ -237,7 +237,8 @@ def host_of(peer: str) -> str:
     return peer
 
 
-def _bearer(authorization: str) -> str:
+def bearer(authorization: str) -> str:
+    """The token of an authorization header. Raises Unauthenticated."""
     scheme, _, token = authorization.partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise Unauthenticated("authorization: 'Bearer TOKEN' wanted")
