@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -26,4 +28,10 @@ def ask_health(host: str, port: int) -> str | None:
 
 def reachable(host: str) -> str:
     """Where a server that listens on ``host`` can be called from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}.get(host, host)  # nosec B104 - nothing is bound here
+    try:
+        address = ipaddress.ip_address(host.strip("[]") or "::")
+    except ValueError:
+        return host
+    if not address.is_unspecified:
+        return host
+    return "[::1]" if host and address.version == 6 else "127.0.0.1"

@@ -6,6 +6,7 @@ import logging
 import ssl
 import threading
 import time
+from collections.abc import Callable
 
 import grpc
 
@@ -16,15 +17,22 @@ from server.security.gate import Gate
 logger = logging.getLogger(__name__)
 
 
+def _unheard(file: str, outcome: str, detail: str) -> None:
+    """Nobody wants to know of reloads."""
+
+
 class Certificates:
     """The certificate files, read again when a client connects and ``reload_ms`` have passed since they last were.
+
+    Args:
+        reloaded: told "certificates", "ok" or "failed", and why, each time they change.
 
     Raises:
         ConfigError: a file cannot be read, or key and certificate do not belong together.
     """
 
-    def __init__(self, settings: SecuritySettings, gate: Gate) -> None:
-        self._settings, self._gate = settings, gate
+    def __init__(self, settings: SecuritySettings, reloaded: Callable[[str, str, str], None] = _unheard) -> None:
+        self._settings, self._reloaded = settings, reloaded
         self._lock = threading.Lock()
         self._told = ""
         self._content = self._read()
@@ -57,12 +65,12 @@ class Certificates:
             except ConfigError as error:
                 if str(error) != self._told:
                     logger.error("the certificates stay as they were: %s", error)
-                    self._gate.reloaded("certificates", "failed", str(error))
+                    self._reloaded("certificates", "failed", str(error))
                 self._told = str(error)
                 return None
             self._told = ""
         logger.info("certificates read again")
-        self._gate.reloaded("certificates", "ok", "")
+        self._reloaded("certificates", "ok", "")
         return self._configuration(content)
 
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
@@ -103,7 +111,7 @@ class Certificates:
 
 def bind(server: grpc.Server, address: str, settings: SecuritySettings, gate: Gate) -> int:
     """Binds ``address`` (HOST:PORT) and returns the port. Raises ConfigError when it or a file cannot be used."""
-    credentials = Certificates(settings, gate).credentials() if settings.cert_file is not None else None
+    credentials = Certificates(settings, gate.reloaded).credentials() if settings.cert_file is not None else None
     try:
         if credentials is None:
             return int(server.add_insecure_port(address))

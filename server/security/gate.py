@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from server.clock import Clock
 from server.config import SecuritySettings
@@ -59,8 +60,7 @@ class Gate:
         self._content = b""
         self._access: AccessList | None = None
         if settings.access_file is not None:
-            self._content = self._read()
-            self._access = AccessList.parse(self._content, f"security.access_file: {settings.access_file}")
+            self._content, self._access = read_access(settings.access_file)
         self._unreadable = False
         self._rates = Rates(settings.burst_s)
         self.audit: AuditLog | None = None
@@ -182,8 +182,10 @@ class Gate:
 
     def _reload(self) -> None:
         """A file that cannot be used changes nothing, and is told once; it must not lock everybody out."""
+        path = self._settings.access_file
+        assert path is not None
         try:
-            content = self._read()
+            content = _read(path)
         except ConfigError as error:
             if not self._unreadable:
                 self._unreadable = True
@@ -194,7 +196,7 @@ class Gate:
             return
         self._content = content
         try:
-            self._access = AccessList.parse(content, f"security.access_file: {self._settings.access_file}")
+            self._access = _parse(path, content)
         except ConfigError as error:
             self._reload_failed(error)
             return
@@ -211,13 +213,22 @@ class Gate:
         if self.audit is not None:
             self.audit.write("server", f"reload:{file}", outcome, {"detail": detail} if detail else {})
 
-    def _read(self) -> bytes:
-        path = self._settings.access_file
-        assert path is not None
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"security.access_file: {path} cannot be read: {error.strerror}") from error
+
+def read_access(path: Path) -> tuple[bytes, AccessList]:
+    """The access file's bytes, and what they say. Raises ConfigError."""
+    content = _read(path)
+    return content, _parse(path, content)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"security.access_file: {path} cannot be read: {error.strerror}") from error
+
+
+def _parse(path: Path, content: bytes) -> AccessList:
+    return AccessList.parse(content, f"security.access_file: {path}")
 
 
 def host_of(peer: str) -> str:

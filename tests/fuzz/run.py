@@ -44,7 +44,9 @@ def main() -> int:
         parser.error(f"unknown target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
     results = {name: _in_child(name, options.seconds / len(names), options.seed, options.plain) for name in names}
     inputs, broken = sum(r["inputs"] for r in results.values()), [n for n, r in results.items() if not r["sound"]]
-    print(json.dumps({"fuzz": "atheris" if guided else "plain", "inputs": inputs, "broken": broken, "targets": results}))
+    print(
+        json.dumps({"fuzz": "atheris" if guided else "plain", "inputs": inputs, "broken": broken, "targets": results})
+    )
     return 1 if broken else 0
 
 

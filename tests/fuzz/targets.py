@@ -27,6 +27,7 @@ from server.rules.rulebook import RuleBook
 from server.scoring.model_config import check_config, parse_config
 from server.security.access import AccessList
 from server.security.gate import bearer
+from server.security.tokens import hash_token
 from tests.events import T0, event, new_table, small_settings, started
 from tests.histories import broadcast, write_csv, write_parquet
 
@@ -34,6 +35,7 @@ CORPUS = Path(__file__).parent / "corpus"
 SETTINGS = parse_settings({"table": {"capacity": 8, "embedding_dim": 4, "max_events_per_batch": 50}})
 TABLE = small_settings(capacity=8, max_events_per_batch=50)
 SURFACES = ("default", "chart")
+TOKEN = "a." + "x" * 43
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,7 @@ def rank(data: bytes) -> object:
     return decode_rank(parser_of(ranking_pb2.RankRequest.FromString)(data), SETTINGS, SURFACES, 1.0)
 
 
-@target(
-    lambda: [b"", ranking_pb2.RankBatchRequest(requests=[_rank_request()] * 2).SerializeToString()], InvalidRequest
-)
+@target(lambda: [b"", ranking_pb2.RankBatchRequest(requests=[_rank_request()] * 2).SerializeToString()], InvalidRequest)
 def rank_batch(data: bytes) -> object:
     message = parser_of(ranking_pb2.RankBatchRequest.FromString)(data)
     return [decode_rank(one, SETTINGS, SURFACES, 1.0, f"requests[{i}].") for i, one in enumerate(message.requests)]
@@ -155,15 +155,15 @@ def _as_file(name: str, data: bytes) -> Path:
 
 @target(lambda: [(ROOT / "rules" / "default.toml").read_bytes()], ConfigError)
 def rules(data: bytes) -> object:
-    return RuleBook.load(_as_file("rules.toml", data), _feature_names())
+    return RuleBook.load(_as_file("rules.toml", data), _features().names)
 
 
 @cache
-def _feature_names() -> tuple[str, ...]:
-    return FeatureSet.load(SETTINGS.table.features_file).names
+def _features() -> FeatureSet:
+    return FeatureSet.load(SETTINGS.table.features_file)
 
 
-@target(lambda: [SETTINGS.table.features_file.read_bytes()[:1500]], ConfigError)
+@target(lambda: [SETTINGS.table.features_file.read_bytes()], ConfigError)
 def features(data: bytes) -> object:
     return FeatureSet.load(_as_file("features.toml", data))
 
@@ -189,10 +189,10 @@ def access(data: bytes) -> object:
 
 @cache
 def _access_list() -> AccessList:
-    return AccessList.parse(TARGETS["access"].make_seeds()[0], "access.toml")
+    return AccessList.parse(f'[token.a]\nhashes = ["{hash_token(TOKEN)}"]\nroles = ["reader"]'.encode(), "access.toml")
 
 
-@target(lambda: [b"Bearer a." + b"x" * 43, b"Basic x"], Unauthenticated)
+@target(lambda: [b"Bearer " + TOKEN.encode(), b"Basic x"], Unauthenticated)
 def authorization(data: bytes) -> object:
     return _access_list().identify(bearer(data.decode("latin-1")), (), T0)
 
@@ -216,4 +216,4 @@ def history_parquet(data: bytes) -> object:
 
 @target(lambda: [(ROOT.parent / "model_repository/trendiness/config.pbtxt").read_bytes()], SchemaMismatch, BadScores)
 def model_config(data: bytes) -> object:
-    return check_config(parse_config(data.decode("latin-1")), "trendiness", "0", 1)
+    return check_config(parse_config(data.decode("latin-1")), "trendiness", _features().schema, len(_features()))

@@ -13,8 +13,7 @@ from tests.fuzz.targets import CORPUS, TARGETS
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_well_formed_input_is_accepted(name: str) -> None:
-    accepted = [TARGETS[name].run(data) for data in TARGETS[name].make_seeds()]
-    assert any(accepted) or name in ("model_config", "authorization"), "the seeds reach nothing"
+    assert any(TARGETS[name].run(data) for data in TARGETS[name].make_seeds()), "the seeds reach nothing"
 
 
 @pytest.mark.parametrize("name", TARGETS)
