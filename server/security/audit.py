@@ -55,6 +55,7 @@ class AuditLog:
     def close(self) -> None:
         with self._lock:
             os.close(self._fd)
+            self._fd = -1  # the number may soon be another file's
 
     def _open(self) -> int:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

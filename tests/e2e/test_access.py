@@ -180,9 +180,9 @@ def test_tokens_change_without_a_restart_and_a_broken_file_changes_nothing(tmp_p
 class Publisher:
     """An open Publish call."""
 
-    def __init__(self, made: grpc.Channel) -> None:
+    def __init__(self, made: grpc.Channel, within_s: float = 60.0) -> None:
         self.outbox: queue.SimpleQueue[ingest_pb2.EventBatch | None] = queue.SimpleQueue()
-        self.acks = ingest_pb2_grpc.IngestStub(made).Publish(iter(self.outbox.get, None))
+        self.acks = ingest_pb2_grpc.IngestStub(made).Publish(iter(self.outbox.get, None), timeout=within_s)
         self.sequence = 0
 
     def send(self, *events: ingest_pb2.Event, producer: str) -> ingest_pb2.PublishAck:
@@ -236,12 +236,12 @@ def test_a_revoked_token_ends_idle_streams_within_two_looks(tmp_path: Path) -> N
     with contextlib.ExitStack() as stack:
         app = stack.enter_context(serving_app(tmp_path, security=settings))
         one, two = (stack.enter_context(channel(app.port, TOKENS[name])) for name in ("producer", "reader"))
-        publisher = Publisher(one)
+        publisher = Publisher(one, within_s=10.0)
         publisher.send(started("s", 0), producer="p")
-        watch = liveness_pb2_grpc.LivenessStub(two).WatchEnded(liveness_pb2.WatchEndedRequest())
+        watch = liveness_pb2_grpc.LivenessStub(two).WatchEnded(liveness_pb2.WatchEndedRequest(), timeout=10.0)
         watch.initial_metadata()
         reflect = reflection_pb2_grpc.ServerReflectionStub(two).ServerReflectionInfo(
-            iter(queue.SimpleQueue[Any]().get, None)
+            iter(queue.SimpleQueue[Any]().get, None), timeout=10.0
         )
         eventually(lambda: len(app.gate._grants) == 3, what="all three are open")
         app.gate.look()
