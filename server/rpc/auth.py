@@ -75,7 +75,7 @@ class Gatekeeper(grpc.ServerInterceptor):
                 gate.allow(identity, access)
                 request = parse(payload)
                 if access.name == "RankBatch" and len(request.requests) > 1:
-                    gate.charge(identity, len(request.requests) - 1)
+                    gate.charge_more(identity, len(request.requests) - 1)
             except LiverankError as error:
                 if access.audited and identity is not None:  # without credentials nobody can fill the audit log
                     self._audit(identity, access, context, status_of(error).name, None, str(error))
@@ -112,7 +112,7 @@ class Gatekeeper(grpc.ServerInterceptor):
             try:
                 authorization, names, peer = _authorization(context), _certificate_names(context), context.peer()
                 identity = known()
-                gate.charge(identity, 1)
+                gate.charge(identity)
                 grant = Grant(identity, known, context.cancel)
                 gate.open(grant)
             except LiverankError as error:
@@ -138,7 +138,7 @@ class Gatekeeper(grpc.ServerInterceptor):
             if grant.refused is not None:
                 raise grant.refused
             if not first:
-                self._gate.charge(grant.identity, 1)  # the first came with the call
+                self._gate.charge(grant.identity)  # the first came with the call
             first = False
             yield parse(payload)
 

@@ -100,13 +100,13 @@ class Gate:
         except Unauthenticated as error:
             counted = self._counted(error)
         # Whoever tries tokens is slowed down by address.
-        self._take(f"peer:{host_of(peer())}", self._settings.requests_per_second, 1)
+        self._take(f"peer:{host_of(peer())}", self._settings.requests_per_second)
         raise counted
 
     def allow(self, identity: Identity, access: Access) -> None:
         """Whether this caller may call the method, and now. Raises Forbidden, RateLimited."""
         self.check_role(identity, access)
-        self.charge(identity, 1)
+        self.charge(identity)
 
     def check_role(self, identity: Identity, access: Access) -> None:
         """Raises Forbidden, naming the role that is missing."""
@@ -116,10 +116,13 @@ class Gate:
         has = " and ".join(sorted(identity.roles))
         raise self._counted(Forbidden(f"{access.name}: {identity.name} has the role {has}; {wanted} is wanted"))
 
-    def charge(self, identity: Identity, requests: int) -> None:
-        """Counts requests of an identity. Raises RateLimited."""
-        own = identity.requests_per_second
-        self._take(identity.name, self._settings.requests_per_second if own is None else own, requests)
+    def charge(self, identity: Identity) -> None:
+        """Counts a request of an identity. Raises RateLimited."""
+        self._take(identity.name, self._rate(identity))
+
+    def charge_more(self, identity: Identity, requests: int) -> None:
+        """Counts ``requests`` more for a call that has been let through: the next ones wait for them."""
+        self._rates.overdraw(identity.name, self._rate(identity), requests)
 
     def open(self, grant: Grant) -> None:
         """Notes an open streaming call. Raises Overloaded when the client has too many."""
@@ -140,9 +143,13 @@ class Gate:
             if not self._open[grant.identity.name]:
                 del self._open[grant.identity.name]
 
-    def _take(self, client: str, rate: float, requests: int) -> None:
+    def _rate(self, identity: Identity) -> float:
+        own = identity.requests_per_second
+        return self._settings.requests_per_second if own is None else own
+
+    def _take(self, client: str, rate: float) -> None:
         try:
-            self._rates.take(client, rate, requests)
+            self._rates.take(client, rate)
         except RateLimited as error:
             raise self._counted(error) from None
 

@@ -153,7 +153,10 @@ def test_a_bucket_lets_its_burst_through_and_then_its_rate() -> None:
 def test_a_batch_may_overdraw_its_bucket_and_is_paid_for_by_waiting() -> None:
     now = [0.0]
     rates = Rates(burst_s=1.0, now_s=lambda: now[0])
-    rates.take("a", 10.0, requests=50)
+    for _ in range(9):
+        rates.take("a", 10.0)
+    rates.take("a", 10.0)  # the last that fits, and it turns out to be a batch of 41
+    rates.overdraw("a", 10.0, 40)
     with pytest.raises(RateLimited) as refused:
         rates.take("a", 10.0)
     assert refused.value.retry_after_ms == 4_100
