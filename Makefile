@@ -18,10 +18,11 @@ serve: setup                       ## a server with the default settings (model 
 	$(BIN)/liverank serve
 test: $(TESTING) triton            ## all tests, a real Triton included
 	$(BIN)/python -m pytest
-check: $(TESTING)                  ## style, types
+check: $(TESTING)                  ## style, types, and what bandit finds suspicious
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml server kernels loadtest models triton proto
 bench: setup                       ## first figures; the last line is JSON
 	$(BIN)/liverank bench first
 train: $(TESTING)                  ## trains the shipped trendiness model from the simulator

@@ -13,6 +13,7 @@ Rules (invariants 3 and 5):
   impression of the current or a lower epoch is taken in any state and changes nothing.
   the rest   needs an open session; epoch 0 means the current one.
   A lower epoch never changes a higher one. Only applied events use up their sequence number.
+  A batch that may change its producer's own streams only is refused the others before all this.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ APPLIED = 0
 TOO_LATE, TOO_FAR_IN_FUTURE = 5, 6
 UNKNOWN_STREAM, EPOCH_BACKWARDS, EPOCH_UNKNOWN, STREAM_ENDED = 13, 14, 15, 16
 DUPLICATE_SEQUENCE, SEQUENCE_TOO_OLD, CAPACITY = 17, 18, 19
-RENEWED_SINCE = 21
+RENEWED_SINCE, NOT_OWNER, TOO_MANY_STREAMS = 21, 22, 23
 
 # What a moderation does (numbers of the proto's Moderated.Action) and the bits it sets.
 BLOCK, UNBLOCK, MARK_SPAM, CLEAR_SPAM = 1, 2, 3, 4
@@ -64,6 +65,7 @@ class LivenessColumns(NamedTuple):
     started_ms: NDArray[np.int64]
     ended_ms: NDArray[np.int64]
     moderation: NDArray[np.uint8]
+    owner: NDArray[np.uint64]
 
 
 class Fenced(NamedTuple):
@@ -138,6 +140,8 @@ def _fence(
     lease_ms: int,
     max_lateness_ms: int,
     max_future_ms: int,
+    owner: int,
+    own_only: bool,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], NDArray[np.int64], NDArray[np.bool_]]:
     n = slots.shape[0]
     codes = np.zeros(n, dtype=np.uint8)
@@ -153,6 +157,9 @@ def _fence(
         kind = kinds[i]
         if s < 0:
             codes[i] = CAPACITY if kind == STARTED else UNKNOWN_STREAM
+            continue
+        if own_only and columns.state[s] != FREE and columns.owner[s] != owner:
+            codes[i] = NOT_OWNER
             continue
         codes[i] = _admit(
             kind, epochs[i], time_ms[i], applied_ms[i], values[i], columns.state[s], columns.epoch[s],
@@ -173,6 +180,7 @@ def _fence(
                 columns.media_sequence[s] = -1
                 columns.started_ms[s] = time_ms[i]
                 columns.ended_ms[s] = 0
+                columns.owner[s] = owner
         elif kind == HEARTBEAT:
             if media_sequences[i] > columns.media_sequence[s]:
                 columns.media_sequence[s] = media_sequences[i]
@@ -216,6 +224,8 @@ def fence_events(
     lease_ms: int,
     max_lateness_ms: int,
     max_future_ms: int,
+    owner: int = 0,
+    own_only: bool = False,
 ) -> Fenced:
     """Walks n events in order, changing ``columns`` and the producers' windows in place.
 
@@ -224,6 +234,8 @@ def fence_events(
         values: float64[n]; of a moderation its action, of an end the time that makes it conditional (0: none).
         producers: int32[n], rows of ``highest`` uint64[P] and ``window_bits`` uint64[P, WORDS].
         applied_ms: int64[n], non-decreasing.
+        owner: uint64 that stands for the producer of all n events; sessions that begin get it.
+        own_only: refuse events of sessions with another owner.
 
     Raises:
         ValueError: a column's length differs from that of ``slots``.
@@ -255,6 +267,8 @@ def fence_events(
             lease_ms,
             max_lateness_ms,
             max_future_ms,
+            np.uint64(owner),
+            own_only,
         )
     )
 

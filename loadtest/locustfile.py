@@ -3,6 +3,8 @@
     .venv/bin/locust -f loadtest/locustfile.py --host 127.0.0.1:7710            # then open the web page
     .venv/bin/locust -f loadtest/locustfile.py --host … --headless -u 50 -r 10 -t 60s
 
+A server with TLS and roles: set LIVERANK_CLIENT__CA_FILE and LIVERANK_CLIENT__TOKEN_FILE, the token with the roles
+reader and producer and `producer_ids = ["*"]`.
 Distributed: `--master` on one machine, `--worker --master-host M` on the others. Locust is a closed loop: a
 user waits for its answer before it asks again, so a stalled server is asked less often and the percentiles
 look better than they are (coordinated omission). For numbers use `liverank bench`.
@@ -29,6 +31,7 @@ from liverank.v1 import (
 from locust import User, between, constant_pacing, task
 
 from loadtest.world import World, WorldSettings
+from server.channel import open_channel
 
 grpc_gevent.init_gevent()  # gRPC's own threads would block every other user
 
@@ -41,7 +44,7 @@ class GrpcUser(User):
     abstract = True
 
     def on_start(self) -> None:
-        self.channel = grpc.insecure_channel(self.host)
+        self.channel = open_channel(self.host)
 
     def on_stop(self) -> None:
         self.channel.close()

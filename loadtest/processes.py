@@ -92,7 +92,11 @@ def to_toml(settings: dict[str, dict[str, Any]]) -> str:
 
 
 def start_server(
-    folder: Path, settings: dict[str, dict[str, Any]], within_s: float = 90.0, module: str = "server"
+    folder: Path,
+    settings: dict[str, dict[str, Any]],
+    within_s: float = 90.0,
+    module: str = "server",
+    options: tuple[str, ...] = (),
 ) -> Server:
     """Starts `liverank serve` on free ports with its files in ``folder`` and waits until it serves.
 
@@ -112,7 +116,7 @@ def start_server(
     ready.unlink(missing_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, "serve", "--config", str(config), "--ready-file", str(ready)],
+            [sys.executable, "-m", module, "serve", "--config", str(config), "--ready-file", str(ready), *options],
             stdout=out,
             stderr=out,
             stdin=subprocess.DEVNULL if module == "server" else subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""`liverank`: serve · doctor · table export · demo · replay · rank · explain · bench."""
+"""`liverank`: serve · doctor · token · table export · demo · replay · rank · explain · bench."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--config", type=Path, help="settings file (TOML)")
     serve.add_argument("--ready-file", type=Path, help="written with the bound ports, as JSON, once serving")
 
+    serve.add_argument("--log-level", choices=["debug", "info", "warning"], default="info")
+
+    from server.security.command import add_arguments
+
+    add_arguments(commands.add_parser("token", help="make or hash a token for security.access_file"))
+
     doctor = commands.add_parser("doctor", help="check this machine and these settings; exit status 0: can serve")
     doctor.add_argument("--config", type=Path, help="settings file (TOML)")
     doctor.add_argument("--json", action="store_true", help="print one line of JSON last")
@@ -47,6 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         client = commands.add_parser(name, help=help_text)
         client.add_argument("--server", default="127.0.0.1:7710")
+        client.add_argument("--tls", action="store_true", default=None, help="for these, see LIVERANK_CLIENT__TLS …")
+        client.add_argument("--ca-file", type=Path, help="PEM; who may have signed the server's certificate")
+        client.add_argument("--cert-file", type=Path, help="PEM; the client's certificate")
+        client.add_argument("--key-file", type=Path, help="PEM; its key")
+        client.add_argument("--token-file", type=Path, help="its first line is the token")
+        client.add_argument("--server-name", help="name in the server's certificate, if not that of the address")
         client.add_argument("--viewer", default="")
         client.add_argument("--limit", type=int, default=0)
         client.add_argument("--surface", default="")
@@ -71,7 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--only", nargs="+", help="faults: play only these")
 
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    level = getattr(options, "log_level", "info").upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("numba").setLevel(logging.INFO)  # at DEBUG it prints every instruction that it compiles
     try:
         return _run(options)
     except LiverankError as error:
@@ -83,6 +97,10 @@ def _run(options: argparse.Namespace) -> int:
     """Imports only what the command needs."""
     if options.command == "serve":
         return _serve(options.config, options.ready_file)
+    if options.command == "token":
+        from server.security.command import run_token
+
+        return run_token(options)
     if options.command == "doctor":
         from server.doctor import run_doctor
 

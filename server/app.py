@@ -24,6 +24,7 @@ from server.log.sqlite import SqliteLog
 from server.recorder import Recorder
 from server.retrieval.registry import make_search
 from server.rpc.admin import AdminService
+from server.rpc.auth import Gatekeeper
 from server.rpc.control import Control
 from server.rpc.encode import encode_replies
 from server.rpc.ingest import IngestService
@@ -31,9 +32,11 @@ from server.rpc.liveness import LivenessService
 from server.rpc.ranking import RankingService
 from server.rpc.raw import ingest_handler, ranking_handler
 from server.rpc.slots import StreamSlots
+from server.rpc.tls import bind
 from server.rules.rulebook import RuleBook
 from server.scoring.base import Scorer
 from server.scoring.refresh import Refresher
+from server.security.gate import Gate
 from server.telemetry.metrics import Metrics
 from server.warmup import warm_up
 from server.world import build_world
@@ -99,6 +102,7 @@ class App:
         self.recorder = Recorder(self.metrics)
         world = build_world(settings, clock, features, book, backend, search, self.recorder.ranked_on_host)
         self.metrics.capacity_rows.set(settings.table.capacity)
+        self.gate = Gate(settings.security, clock, self.metrics)
         self.engine = Engine(
             settings, clock, world.table, features, world.streams, world.pipeline,
             EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, on_fault,
@@ -123,6 +127,7 @@ class App:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
         self._grpc = grpc.server(
             self._pool,
+            interceptors=(Gatekeeper(self.gate, self.recorder),),
             options=[
                 ("grpc.max_receive_message_length", settings.serve.max_message_bytes),
                 ("grpc.max_send_message_length", settings.serve.max_message_bytes),
@@ -154,16 +159,15 @@ class App:
     def start(self) -> None:
         """Binds, answers health with NOT_SERVING, warms up, then turns to SERVING."""
         serve = self.settings.serve
+        self.port = bind(self._grpc, f"{serve.host}:{serve.port}", self.settings.security, self.gate)
+        metrics_host = self.settings.metrics_host
         try:
-            self.port = self._grpc.add_insecure_port(f"{serve.host}:{serve.port}")
-        except RuntimeError as error:
-            raise ConfigError(f"serve.port: {serve.host}:{serve.port} cannot be bound: {error}") from error
-        try:
-            self.metrics_port, self._stop_metrics = self.metrics.serve(serve.host, serve.metrics_port)
+            self.metrics_port, self._stop_metrics = self.metrics.serve(metrics_host, serve.metrics_port)
         except OSError as error:
             raise ConfigError(
-                f"serve.metrics_port: {serve.host}:{serve.metrics_port} cannot be bound: {error}"
+                f"serve.metrics_port: {metrics_host}:{serve.metrics_port} cannot be bound: {error}"
             ) from error
+        self.gate.start()
         self._commit.start()
         self.engine.start(self._commit, self._refresher)
         # After a tick: leases that ran out while we were down are ends that a watcher may already have heard.
@@ -171,7 +175,11 @@ class App:
         self._grpc.start()
         warm_up(self.engine, self._backend)
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        logger.info("serving on %s:%d, metrics on :%d", serve.host, self.port, self.metrics_port)
+        security = self.settings.security
+        tls = "mutual TLS" if security.client_ca_file else "TLS" if security.cert_file else "no TLS"
+        who = "callers by access file" if security.access_file else "anybody may call"
+        logger.info("serving on %s:%d (%s, %s)", serve.host, self.port, tls, who)
+        logger.info("metrics on %s:%d", metrics_host, self.metrics_port)
 
     def drain(self) -> bool:
         """Readiness off, in-flight calls finish within the grace period, then everything stops, in order.
@@ -191,6 +199,7 @@ class App:
         self._scorer.close()
         self._log.close()
         self._stop_metrics()
+        self.gate.stop()
         self._pool.shutdown(wait=False)
         logger.info("drained %s", "cleanly" if clean else "with calls cut off")
         return clean

@@ -11,9 +11,15 @@ from liverank.v1 import ranking_pb2_grpc as pb_grpc
 from rich.console import Console
 from rich.table import Table
 
+from server.channel import client_settings, open_channel
+
 
 def run_client(options: argparse.Namespace) -> int:
-    """Asks ``options.server``; 0 when it answered, 1 with the status and message when it did not."""
+    """Asks ``options.server``; 0 when it answered, 1 with the status and message when it did not.
+
+    Raises:
+        ConfigError: the options and LIVERANK_CLIENT__* variables about TLS and token do not fit.
+    """
     request = pb.RankRequest(
         viewer_id=options.viewer,
         surface=options.surface,
@@ -22,7 +28,9 @@ def run_client(options: argparse.Namespace) -> int:
         categories=options.categories,
         region=options.region,
     )
-    with grpc.insecure_channel(options.server) as channel:
+    names = ("tls", "ca_file", "cert_file", "key_file", "token_file", "server_name")
+    security = client_settings(**{name: getattr(options, name) for name in names})
+    with open_channel(options.server, security) as channel:
         stub = pb_grpc.RankingStub(channel)
         try:
             if options.command == "rank":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -128,6 +129,35 @@ class DeviceSettings(_Section):
     allow_cpu: bool = Field(False, description="with auto: serve from the CPU when the GPU that is there is broken")
 
 
+class SecuritySettings(_Section):
+    """See docs/security.md."""
+
+    cert_file: Path | None = Field(None, description="PEM, the server's certificate and its chain; turns TLS on")
+    key_file: Path | None = Field(None, description="PEM, its key")
+    client_ca_file: Path | None = Field(None, description="PEM; clients must show a certificate of these CAs")
+    access_file: Path | None = Field(None, description="tokens and certificate names with roles; without it, anybody")
+    reload_ms: Milliseconds = Field(1_000, description="how often access and certificate files are looked at")
+    allow_insecure_public: bool = Field(False, description="listen beyond loopback without TLS or access file")
+    public_metrics: bool = Field(False, description="metrics on serve.host too when that is not loopback")
+    requests_per_second: float = Field(0.0, ge=0.0, le=1e9, description="per client; 0: no limit")
+    burst_s: float = Field(2.0, gt=0.0, le=3600.0, description="seconds' worth of requests that may come at once")
+    max_open_streams_per_client: int = Field(0, ge=0, description="open Publish and WatchEnded calls; 0: no limit")
+    max_streams_per_producer: int = Field(0, ge=0, lt=1 << 32, description="rows per producer_id; 0: no limit")
+    producers_own_streams: bool = Field(False, description="only the producer_id that started a stream may change it")
+    audit_file: Path | None = Field(None, description="JSON lines: Admin calls, Reconcile, reloaded files")
+    audit_max_bytes: int = Field(16 << 20, ge=1 << 10, description="larger: rotated; five old ones are kept")
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> SecuritySettings:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file: both or none wanted")
+        if self.client_ca_file is not None and self.cert_file is None:
+            raise ValueError("client_ca_file: needs cert_file and key_file")
+        if self.producers_own_streams and self.access_file is None:
+            raise ValueError("producers_own_streams: needs access_file; without it a producer_id proves nothing")
+        return self
+
+
 class Settings(BaseSettings):
     """All settings of one server."""
 
@@ -140,6 +170,27 @@ class Settings(BaseSettings):
     retrieval: RetrievalSettings = RetrievalSettings()
     rank: RankSettings = RankSettings()
     device: DeviceSettings = DeviceSettings()
+    security: SecuritySettings = SecuritySettings()
+
+    @property
+    def metrics_host(self) -> str:
+        """Where metrics are served: serve.host if that is loopback or allowed, else 127.0.0.1."""
+        if self.security.public_metrics or is_loopback(self.serve.host):
+            return self.serve.host
+        return "127.0.0.1"
+
+    @model_validator(mode="after")
+    def _nobody_gets_in(self) -> Settings:
+        serve, security = self.serve, self.security
+        missing = [name for name in ("cert_file", "access_file") if getattr(security, name) is None]
+        if missing and not security.allow_insecure_public and not is_loopback(serve.host):
+            raise ValueError(
+                f"serve.host: {serve.host!r} is not loopback, and security.{' and security.'.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} not set, so anybody could "
+                f"{'read along' if missing == ['cert_file'] else 'publish and administer'}; set what is missing, "
+                "listen on 127.0.0.1, or, where a proxy in front does this work, set security.allow_insecure_public"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -151,6 +202,16 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (env_settings, init_settings)  # a variable overrides the file
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
 
 
 def load_settings(path: Path | None = None) -> Settings:
@@ -174,6 +235,7 @@ def parse_settings(values: dict[str, object], where: str = "settings") -> Settin
         return Settings(**values)  # type: ignore[arg-type]
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()
+            ": ".join([*filter(None, [".".join(str(part) for part in fault["loc"])]), fault["msg"]])
+            for fault in error.errors()
         )
         raise ConfigError(f"{where}: {faults}") from error

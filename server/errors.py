@@ -3,10 +3,13 @@
 LiverankError
 ├── ConfigError            settings, rules or feature file: names the key and what is allowed
 ├── InvalidRequest         a caller's field is outside its limits      → INVALID_ARGUMENT
+├── Unauthenticated        no credentials, or none that are valid     → UNAUTHENTICATED
+├── Forbidden              valid credentials without this right       → PERMISSION_DENIED
 ├── NotFound               a stream nobody has heard of                → NOT_FOUND
 ├── Refused                well-formed, but unsafe to carry out now    → FAILED_PRECONDITION
 │   └── OffsetNotReached   min_offset was not applied in time          → FAILED_PRECONDITION
 ├── Overloaded             a bounded queue or pool is full             → RESOURCE_EXHAUSTED
+│   └── RateLimited        a client asks more often than it may        → RESOURCE_EXHAUSTED
 ├── ResumeGone             a resume point is no longer remembered      → OUT_OF_RANGE
 ├── ReaderTooSlow          a subscriber fell behind its bounded buffer → ABORTED
 ├── Draining               starting, draining or stopped               → UNAVAILABLE
@@ -43,6 +46,14 @@ class InvalidRequest(LiverankError):
         self.field = field
 
 
+class Unauthenticated(LiverankError):
+    """No credentials came with the call, or none that are valid now."""
+
+
+class Forbidden(LiverankError):
+    """The caller is known, but may not do this."""
+
+
 class NotFound(LiverankError):
     """The stream is unknown or forgotten."""
 
@@ -57,6 +68,18 @@ class OffsetNotReached(Refused):
 
 class Overloaded(LiverankError):
     """A bounded queue or pool is full; retry later."""
+
+
+class RateLimited(Overloaded):
+    """A client asks more often than it may.
+
+    Args:
+        retry_after_ms: when its next call will be let through.
+    """
+
+    def __init__(self, problem: str, retry_after_ms: int = 1_000) -> None:
+        super().__init__(problem)
+        self.retry_after_ms = retry_after_ms
 
 
 class ResumeGone(LiverankError):

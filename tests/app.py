@@ -38,9 +38,9 @@ def put_current_model(repository: Path, version: int = 1, seed: int = 1) -> None
 class Client:
     """Stubs of one server, and an open Publish stream."""
 
-    def __init__(self, app: App, clock: Clock) -> None:
+    def __init__(self, app: App, clock: Clock, channel: grpc.Channel | None = None) -> None:
         self.app, self.clock = app, clock
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{app.port}")
+        self.channel = channel or grpc.insecure_channel(f"127.0.0.1:{app.port}")
         self.ranking = ranking_pb2_grpc.RankingStub(self.channel)
         self.liveness = liveness_pb2_grpc.LivenessStub(self.channel)
         self.admin = admin_pb2_grpc.AdminStub(self.channel)
@@ -78,6 +78,19 @@ class Client:
 def running_app(
     folder: Path, clock: Clock | None = None, model: bool = True, **sections: dict[str, Any]
 ) -> Iterator[Client]:
+    """A serving app and a client of it; see `serving_app`."""
+    with serving_app(folder, clock, model, **sections) as app:
+        client = Client(app, app.engine.clock)
+        try:
+            yield client
+        finally:
+            client.close()
+
+
+@contextmanager
+def serving_app(
+    folder: Path, clock: Clock | None = None, model: bool = True, **sections: dict[str, Any]
+) -> Iterator[App]:
     """A serving app with its files in ``folder``; a second one in the same folder recovers its log."""
     clock = clock or ManualClock(T0)
     repository = folder / "models"
@@ -93,11 +106,9 @@ def running_app(
     faults: list[str] = []
     app = App(parse_settings(merged), clock, lambda: faults.append("engine"))
     app.start()
-    client = Client(app, clock)
     try:
-        yield client
+        yield app
     finally:
-        client.close()
         assert app.drain(), "calls were cut off"
         assert not faults, "the engine gave up"
 

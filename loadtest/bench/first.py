@@ -23,6 +23,7 @@ from loadtest.bench.catalogue import as_bytes, make_catalogue, rank_requests
 from loadtest.bench.fill import fill, wait_until_scored
 from loadtest.bench.load import closed_loop
 from loadtest.processes import ROOT, Server, cpu_seconds, rss_bytes, start_server
+from server.channel import open_channel
 
 QUERIES = 256
 SECONDS = 6.0
@@ -60,7 +61,7 @@ def _measure(streams: int) -> dict[str, Any]:
         server = start_server(Path(folder), settings)
         row: dict[str, Any] = {"streams": streams, "startup_s": round(time.monotonic() - started_s, 2)}
         try:
-            with grpc.insecure_channel(server.address) as channel:
+            with open_channel(server.address) as channel:
                 _fill_and_ask(server, channel, streams, row)
         finally:
             server.stop()

@@ -135,9 +135,10 @@ def _read(path: Path) -> pa.Table:
                     column_types=dict.fromkeys(known, pa.string()), strings_can_be_null=False
                 ),
             )
-    except (OSError, pa.ArrowException) as error:
+        names = table.column_names
+        table.validate(full=True)  # Arrow takes texts of a Parquet file as they are, UTF-8 or not
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as CSV or Parquet: {error}") from error
-    names = table.column_names
     if missing := [name for name in REQUIRED if name not in names]:
         raise ConfigError(f"{path}: column {', '.join(missing)} is missing, found {', '.join(names)}")
     if twice := [name for name in known if names.count(name) > 1]:

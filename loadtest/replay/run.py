@@ -24,7 +24,7 @@ from loadtest.replay.report import Outcome, print_outcome
 from loadtest.replay.sessions import split_sessions
 from server.app import App
 from server.clock import ManualClock
-from server.config import Settings, load_settings
+from server.config import SecuritySettings, Settings, load_settings
 from server.errors import ConfigError
 
 LEASE_MS = GRACE_MS = 600_000
@@ -76,6 +76,7 @@ def replay_settings(settings: Settings, folder: Path) -> Settings:
         update={
             "serve": settings.serve.model_copy(update={"host": "127.0.0.1", "port": 0, "metrics_port": 0}),
             "table": table.model_copy(update={"lease_ms": lease_ms, "grace_ms": grace_ms}),
+            "security": SecuritySettings(),  # nobody else can reach it
             "log": settings.log.model_copy(update={"path": folder / "events.sqlite3"}),
             "scoring": settings.scoring.model_copy(update={"refresh_ms": YEAR_MS}),
             "rank": rank.model_copy(update={"tick_ms": YEAR_MS, "max_limit": max(FEED_LIMIT, rank.max_limit)}),

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from server.channel import open_channel
 
 SERVICE = "liverank.v1.Ranking"
 TIMEOUT_S = 2.0
@@ -16,7 +19,7 @@ TIMEOUT_S = 2.0
 
 def ask_health(host: str, port: int) -> str | None:
     """The status that liverank's own service has there, such as "SERVING"; None when no liverank answers."""
-    with grpc.insecure_channel(f"{reachable(host)}:{port}") as channel:
+    with open_channel(f"{reachable(host)}:{port}") as channel:  # with TLS if LIVERANK_CLIENT__* says so
         try:
             # Only a liverank knows this service; another health server answers NOT_FOUND.
             reply = health_pb2_grpc.HealthStub(channel).Check(
@@ -29,7 +32,13 @@ def ask_health(host: str, port: int) -> str | None:
 
 def reachable(host: str) -> str:
     """Where a server that listens on ``host`` can be called from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}.get(host, host)
+    try:
+        address = ipaddress.ip_address(host.strip("[]") or "::")
+    except ValueError:
+        return host
+    if not address.is_unspecified:
+        return host
+    return "[::1]" if host and address.version == 6 else "127.0.0.1"
 
 
 def main(arguments: list[str]) -> int:

@@ -27,8 +27,9 @@ def ports(context: Context) -> Iterator[Finding]:
         yield from _beside_a_liverank(context, context.neighbour)
         return
     yield _one("ports.grpc", "serve.port", serve.host, serve.port, taken)
-    metrics = why_not(serve.host, serve.metrics_port)
-    yield _one("ports.metrics", "serve.metrics_port", serve.host, serve.metrics_port, metrics)
+    metrics_host = context.settings.metrics_host
+    metrics = why_not(metrics_host, serve.metrics_port)
+    yield _one("ports.metrics", "serve.metrics_port", metrics_host, serve.metrics_port, metrics)
 
 
 def _beside_a_liverank(context: Context, health: str) -> Iterator[Finding]:
@@ -38,12 +39,13 @@ def _beside_a_liverank(context: Context, health: str) -> Iterator[Finding]:
         yield ok("ports.grpc", f"{told}; a second one would need other ports")
     else:
         yield warn("ports.grpc", told, "It is starting, draining or stuck: ask again in a while, then see its log.")
-    if has_metrics(serve.host, serve.metrics_port):
-        yield ok("ports.metrics", f"{serve.host}:{serve.metrics_port} answers liverank's metrics")
+    metrics_host = context.settings.metrics_host
+    if has_metrics(metrics_host, serve.metrics_port):
+        yield ok("ports.metrics", f"{metrics_host}:{serve.metrics_port} answers liverank's metrics")
     else:
         yield warn(
             "ports.metrics",
-            f"{serve.host}:{serve.metrics_port} does not answer liverank's metrics",
+            f"{metrics_host}:{serve.metrics_port} does not answer liverank's metrics",
             "The running server uses another serve.metrics_port: examine it with its own --config.",
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from server.clock import SystemClock
 from server.config import Settings, load_settings
-from server.doctor import clock, device, files, libraries, machine, memory, model, ports
+from server.doctor import clock, device, files, libraries, machine, memory, model, ports, security
 from server.doctor.base import Check, Context, Finding, Status, fail, ok, warn
 from server.errors import ConfigError
 
@@ -23,7 +23,7 @@ BARE: tuple[Check, ...] = (
 """Checks that need the standard library and the settings only."""
 
 WITH_LIBRARIES: tuple[Check, ...] = (
-    ports.ports, device.backend, device.memory, files.declared, memory.table_memory, model.model,
+    ports.ports, security.security, device.backend, device.memory, files.declared, memory.table_memory, model.model,
 )  # fmt: skip
 """Checks that load what the server loads: not run when a library is broken, for it might take the doctor along."""
 
@@ -74,7 +74,7 @@ def _outcome(check: Check, context: Context) -> list[Finding]:
 
 def unknown_variables() -> list[Finding]:
     """LIVERANK_ variables that name no section: they would be ignored without a word."""
-    sections = tuple(f"LIVERANK_{name.upper()}" for name in Settings.model_fields)
+    sections = tuple(f"LIVERANK_{name.upper()}" for name in (*Settings.model_fields, "client"))
     stray = sorted(
         name
         for name in os.environ

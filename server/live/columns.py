@@ -40,6 +40,7 @@ class Columns:
     started_ms: NDArray[np.int64]  # [C] event time
     ended_ms: NDArray[np.int64]  # [C] applied time of the end, or lease end + grace; 0 not ended
     moderation: NDArray[np.uint8]  # [C] bits MODERATED_*
+    owner: NDArray[np.uint64]  # [C] `owner_of` the producer that began the session
     # what happened in this session
     last_event_ms: NDArray[np.int64]  # [C]
     viewers: NDArray[np.float32]  # [C] last reported
@@ -73,6 +74,7 @@ class Columns:
             started_ms=np.zeros(c, np.int64),
             ended_ms=np.zeros(c, np.int64),
             moderation=np.zeros(c, np.uint8),
+            owner=np.zeros(c, np.uint64),
             last_event_ms=np.zeros(s, np.int64),
             viewers=np.zeros(s, np.float32),
             viewers_ms=np.zeros(s, np.int64),
@@ -85,7 +87,7 @@ class Columns:
         """The liveness columns as the fence kernel takes them (the same memory)."""
         return LivenessColumns(
             self.state, self.epoch, self.lease_expires_ms, self.media_sequence,
-            self.started_ms, self.ended_ms, self.moderation,
+            self.started_ms, self.ended_ms, self.moderation, self.owner,
         )  # fmt: skip
 
     def clear_sessions(self, slots: NDArray[np.int32]) -> None:

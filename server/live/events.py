@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ MAX_COUNT = 1_000_000_000
 MAX_WATCH_SECONDS = 86_400.0
 MAX_TIME_MS = 4_102_444_800_000  # 2100-01-01
 MAX_I63 = (1 << 63) - 1
+LEAST_NORM, MOST_NORM = 1e-6, 1e6
+"""Length of an embedding that is not zero: beyond it, something overflowed or was never filled."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class EventColumns:
     index int32[n] (place in the batch), sequence uint64[n], ids uint8[n, 64], id_lengths uint8[n],
     kind uint8[n], epoch int64[n], time_ms int64[n], value float64[n] (count, seconds, amount in the
     reference currency, moderation action, or time that makes an end conditional), media_sequence int64[n],
-    viewer_hash uint64[n] (0 none). started, ended_reason and impressions are keyed by row.
+    viewer_hash uint64[n] (0 none). started, ended_reason and impressions are keyed by row. own_streams_only and
+    max_streams (0: no limit): see EventBatch.
     """
 
     producer_id: str
@@ -79,6 +82,8 @@ class EventColumns:
     started: dict[int, StartedRow] = field(default_factory=dict)
     ended_reason: dict[int, str] = field(default_factory=dict)
     impressions: dict[int, ImpressionRow] = field(default_factory=dict)
+    own_streams_only: bool = False
+    max_streams: int = 0
 
     def __len__(self) -> int:
         return int(self.index.shape[0])
@@ -113,6 +118,14 @@ def _count(name: str, count: int) -> float:
     return float(count)
 
 
+def norm_problem(embedding: NDArray[np.float32]) -> str:
+    """What is wrong with the length of a finite vector float32[D]; "" when nothing is. All zero is allowed."""
+    norm = float(np.linalg.norm(embedding.astype(np.float64)))
+    if norm == 0.0 or LEAST_NORM <= norm <= MOST_NORM:
+        return ""
+    return f"a length of 0, or from {LEAST_NORM:g} to {MOST_NORM:g}, wanted, got {norm:g}"
+
+
 def _started(event: Any, settings: TableSettings) -> StartedRow:
     started = event.started
     if not started.creator_id:
@@ -137,6 +150,8 @@ def _started(event: Any, settings: TableSettings) -> StartedRow:
         embedding = np.array(started.embedding, dtype=np.float32)
         if not np.isfinite(embedding).all():
             raise Reject(pb.EMBEDDING_NOT_FINITE, "started.embedding: finite floats wanted, got NaN or infinity")
+        if problem := norm_problem(embedding):
+            raise Reject(pb.VALUE_OUT_OF_RANGE, f"started.embedding: {problem}")
     return StartedRow(
         started.creator_id, started.title, started.language, started.category, started.region,
         started.age_rating, embedding, tags,
@@ -176,7 +191,7 @@ def _value(event: Any, kind: int, settings: TableSettings) -> float:
         if rate is None:
             raise Reject(
                 pb.CURRENCY_UNKNOWN,
-                f"{name}.currency: one of {', '.join(sorted(settings.currencies))} wanted, got {money.currency!r}",
+                f"{name}.currency: one of {', '.join(sorted(settings.currencies))} wanted, got {money.currency[:16]!r}",
             )
         return float(money.amount_minor * rate)
     if kind == fence.REPORTED:
@@ -242,7 +257,9 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
         # Imported here: pyarrow takes a while to load, and a server that only gets messages never needs it.
         from server.live.arrow_events import decode_arrow
 
-        return decode_arrow(batch.producer_id, batch.arrow, settings)
+        found = decode_arrow(batch.producer_id, batch.arrow, settings)
+        marked = replace(found.events, own_streams_only=batch.own_streams_only, max_streams=batch.max_streams)
+        return DecodedBatch(marked, found.rejected)
     index: list[int] = []
     rows: list[tuple[int, int, int, int, float, int]] = []
     ids: list[bytes] = []
@@ -285,6 +302,8 @@ def decode_batch(payload: bytes, settings: TableSettings) -> DecodedBatch:
         started=started,
         ended_reason=ended_reason,
         impressions=impressions,
+        own_streams_only=batch.own_streams_only,
+        max_streams=batch.max_streams,
     )
     return DecodedBatch(events, rejected)
 

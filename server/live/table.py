@@ -7,6 +7,7 @@ lowest free one, so the result does not depend on how often ticks ran in between
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ class LiveTable:
         expired = self.expire(applied_ms)
         self._move_landmark(applied_ms)
         slots = self.map.lookup(events.ids, events.id_lengths)
-        provisional = self._reserve_rows(events, slots)
+        owner = owner_of(events.producer_id)
+        provisional, without_room = self._reserve_rows(events, slots, self._room(events, owner))
         producer = self._producer_row(events.producer_id, applied_ms)
         n = len(events)
         fenced = fence.fence_events(
@@ -142,7 +144,11 @@ class LiveTable:
             lease_ms=self.settings.lease_ms,
             max_lateness_ms=self.settings.max_lateness_ms,
             max_future_ms=self.settings.max_future_ms,
+            owner=owner,
+            own_only=events.own_streams_only,
         )  # fmt: skip
+        refused = without_room[fenced.codes[without_room] == fence.CAPACITY]
+        fenced.codes[refused] = fence.TOO_MANY_STREAMS
         self.accumulators.clear_sessions(np.unique(slots[fenced.new_session]))
         ok = fenced.codes == fence.APPLIED
         touched = np.unique(slots[ok])
@@ -156,15 +162,33 @@ class LiveTable:
         ends = expired.ends + self._ends_of(events, slots, fenced)
         return Applied(fenced.codes, fenced.renewed, ends, touched)
 
-    def _reserve_rows(self, events: EventColumns, slots: NDArray[np.int32]) -> list[int]:
-        """Gives unknown streams that start in this batch a row (in place in ``slots``), if one is left."""
+    def _room(self, events: EventColumns, owner: int) -> int:
+        """How many new rows the batch may take."""
+        if not events.max_streams:
+            return len(events)
+        taken = np.count_nonzero(self.columns.owner[: self.rows] == owner)
+        return max(0, events.max_streams - int(taken))
+
+    def _reserve_rows(
+        self, events: EventColumns, slots: NDArray[np.int32], room: int
+    ) -> tuple[list[int], NDArray[np.int64]]:
+        """Gives up to ``room`` unknown streams that start in this batch a row (in place in ``slots``), if one is left.
+
+        Returns the rows given, and the places int64[m] of starts for which there was no room.
+        """
         provisional: list[int] = []
+        without_room: list[int] = []
         starting = np.flatnonzero((slots < 0) & (events.kind == fence.STARTED))
         if not len(starting):
-            return provisional
+            return provisional, np.zeros(0, np.int64)
         for i in starting:
             known = self.map.lookup(events.ids[i : i + 1], events.id_lengths[i : i + 1])[0]
-            if known >= 0 or (slot := self._take_row()) < 0:
+            if known >= 0:
+                continue
+            if len(provisional) >= room:
+                without_room.append(int(i))
+                continue
+            if (slot := self._take_row()) < 0:
                 continue
             self.columns.ids[slot] = events.ids[i]
             self.columns.id_lengths[slot] = events.id_lengths[i]
@@ -172,7 +196,7 @@ class LiveTable:
             provisional.append(slot)
         unknown = slots < 0  # later events of a starting stream find its row too
         slots[unknown] = self.map.lookup(events.ids[unknown], events.id_lengths[unknown])
-        return provisional
+        return provisional, np.array(without_room, np.int64)
 
     def _take_row(self) -> int:
         if self._free:
@@ -314,6 +338,11 @@ class LiveTable:
         """Rows that are (live, suspect, ended)."""
         counts = np.bincount(self.columns.state[: self.rows], minlength=4)
         return int(counts[fence.LIVE]), int(counts[fence.SUSPECT]), int(counts[fence.ENDED])
+
+
+def owner_of(producer_id: str) -> int:
+    """The number, below 2**64, that stands for a producer in ``Columns.owner``; nobody can make two ids meet."""
+    return int.from_bytes(hashlib.sha256(producer_id.encode()).digest()[:8], "big")
 
 
 def unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:

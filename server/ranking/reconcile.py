@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from kernels import fence
 from kernels.idmap import pack_ids
 from server.errors import Refused
-from server.live.table import LiveTable
+from server.live.table import LiveTable, owner_of
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,16 @@ class Reconciliation:
     unknown: list[int]
 
 
-def find_absent(table: LiveTable, live_ids: list[bytes], as_of_ms: int) -> Reconciliation:
+def find_absent(
+    table: LiveTable, live_ids: list[bytes], as_of_ms: int, owners: Iterable[str] | None = None
+) -> Reconciliation:
     """Open sessions that are not in the list and were not renewed since it was true.
 
     A proposal: their ends are applied later, through the log, and are conditional on the same comparison
     (`kernels/fence`), because a session may be renewed in between.
+
+    Args:
+        owners: only sessions that these producers began count; None: all.
 
     Raises:
         Refused: that would end more than the configured share of all open sessions.
@@ -36,6 +42,8 @@ def find_absent(table: LiveTable, live_ids: list[bytes], as_of_ms: int) -> Recon
     in_list[listed[listed >= 0]] = True
     state = columns.state[:rows]
     open_rows = (state == fence.LIVE) | (state == fence.SUSPECT)
+    if owners is not None:
+        open_rows &= np.isin(columns.owner[:rows], np.array([owner_of(name) for name in owners], np.uint64))
     proven_ms = columns.lease_expires_ms[:rows] - settings.lease_ms
     absent = np.flatnonzero(open_rows & ~in_list & (proven_ms <= as_of_ms))
     n_open = int(np.count_nonzero(open_rows))

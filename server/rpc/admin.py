@@ -13,11 +13,13 @@ from kernels import fence
 from server.engine import Engine
 from server.recorder import Recorder
 from server.rpc.control import Control
-from server.rpc.decode import check_stream_id
+from server.rpc.decode import check_short, check_stream_id
 from server.rpc.status import guarded
 from server.rules.rulebook import RuleBook
 
 logger = logging.getLogger(__name__)
+
+MAX_REASON_BYTES = 256
 
 
 class AdminService(pb_grpc.AdminServicer):
@@ -59,6 +61,7 @@ class AdminService(pb_grpc.AdminServicer):
     @guarded
     def BlockStream(self, request: pb.BlockStreamRequest, context: grpc.ServicerContext) -> pb.BlockStreamResponse:
         check_stream_id("stream_id", request.stream_id)
+        check_short("reason", request.reason, MAX_REASON_BYTES)
         offset = self._control.moderate(request.stream_id, fence.BLOCK)
         logger.warning("blocked %r at offset %d: %r", request.stream_id, offset, request.reason)
         return pb.BlockStreamResponse(offset=offset)

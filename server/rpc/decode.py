@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kernels.idmap import ID_BYTES
 from server.config import Settings
 from server.errors import InvalidRequest
+from server.live.events import norm_problem
 from server.live.table import unit
 from server.retrieval.query import RankQuery
 
@@ -31,8 +32,8 @@ def decode_rank(
     Raises:
         InvalidRequest: names the field and what is allowed.
     """
-    for name in ("request_id", "viewer_id", "region"):
-        _short(where + name, getattr(request, name))
+    for name in ("request_id", "viewer_id", "region", "surface"):
+        check_short(where + name, getattr(request, name))
     surface = request.surface or "default"
     if surface not in surfaces:
         raise InvalidRequest(f"{where}surface", f"one of {', '.join(sorted(surfaces))} wanted, got {surface!r}")
@@ -72,6 +73,8 @@ def _embedding(request: Any, dim: int, where: str) -> NDArray[np.float32] | None
     embedding = np.array(request.viewer_embedding, dtype=np.float32)
     if not np.isfinite(embedding).all():
         raise InvalidRequest(f"{where}viewer_embedding", "finite floats wanted, got NaN or infinity")
+    if problem := norm_problem(embedding):
+        raise InvalidRequest(f"{where}viewer_embedding", problem)
     return unit(embedding)
 
 
@@ -79,10 +82,11 @@ def _names(field: str, names: Any, most: int) -> tuple[str, ...]:
     if len(names) > most:
         raise InvalidRequest(field, f"at most {most} allowed, got {len(names)}")
     for i, name in enumerate(names):
-        _short(f"{field}[{i}]", name)
+        check_short(f"{field}[{i}]", name)
     return tuple(names)
 
 
-def _short(field: str, value: str) -> None:
-    if len(value) > ID_BYTES // 4 and len(value.encode()) > ID_BYTES:  # 4 bytes at most per character
-        raise InvalidRequest(field, f"at most {ID_BYTES} bytes allowed, got {len(value.encode())}")
+def check_short(field: str, value: str, most_bytes: int = ID_BYTES) -> None:
+    """Raises InvalidRequest when ``value`` takes more than ``most_bytes``."""
+    if len(value) > most_bytes // 4 and len(value.encode()) > most_bytes:  # 4 bytes at most per character
+        raise InvalidRequest(field, f"at most {most_bytes} bytes allowed, got {len(value.encode())}")

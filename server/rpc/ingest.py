@@ -9,12 +9,18 @@ import grpc
 from liverank.v1 import ingest_pb2 as pb
 from liverank.v1 import ingest_pb2_grpc as pb_grpc
 
+from kernels import fence
 from server.engine import Engine, PublishResult
-from server.live.events import DecodedBatch, decode_batch
+from server.errors import Forbidden, InvalidRequest
+from server.live.events import DecodedBatch, Rejection, decode_batch
 from server.log.commit import GroupCommit, Submission
 from server.recorder import Recorder
+from server.rpc.auth import caller
+from server.rpc.control import PRODUCER
 from server.rpc.slots import StreamSlots
 from server.rpc.status import guarded_stream
+from server.security.access import Identity
+from server.security.roles import Role
 
 _MESSAGES: dict[int, str] = {
     pb.TOO_LATE: "event_time_ms: older than the lateness bound of {max_lateness_ms} ms",
@@ -26,6 +32,8 @@ _MESSAGES: dict[int, str] = {
     pb.DUPLICATE_SEQUENCE: "sequence: already applied",
     pb.SEQUENCE_TOO_OLD: "sequence: more than 65,535 below this producer's highest",
     pb.RENEWED_SINCE: "ended.only_if_not_renewed_since_ms: media progress later than this was seen",
+    pb.NOT_OWNER: "stream_id: started by another producer_id, which alone may change it",
+    pb.TOO_MANY_STREAMS: "the streams of this producer_id take all rows they may ({max_streams})",
     pb.CAPACITY: "the table is full ({capacity} rows); no live stream is evicted for a new one",
 }
 
@@ -35,6 +43,11 @@ class IngestService(pb_grpc.IngestServicer):
 
     def __init__(self, engine: Engine, commit: GroupCommit, recorder: Recorder, slots: StreamSlots) -> None:
         self._engine, self._commit, self.recorder, self._slots = engine, commit, recorder, slots
+        security = engine.settings.security
+        # Appended to what is logged: of a field that comes twice, protobuf takes the last.
+        self._own_only, self._max_streams = security.producers_own_streams, security.max_streams_per_producer
+        marks = pb.EventBatch(own_streams_only=self._own_only, max_streams=self._max_streams)
+        self._marks = marks.SerializeToString()
         self._limits = engine.settings.table.model_dump()
 
     @guarded_stream
@@ -43,20 +56,54 @@ class IngestService(pb_grpc.IngestServicer):
         with self._slots.open("Publish", context) as place:
             for payload in batches:
                 with self._slots.answering(place):
-                    batch, done = self.submit(payload)
+                    batch, done = self.submit(payload, caller())
                     yield self._acknowledge(batch, done.result())
 
-    def submit(self, payload: bytes) -> tuple[DecodedBatch, Future[PublishResult]]:
+    def submit(self, payload: bytes, producer: Identity) -> tuple[DecodedBatch, Future[PublishResult]]:
         """Decodes and queues one batch; the future resolves when it is durable and applied.
 
         Raises:
-            InvalidRequest, Overloaded, Draining.
+            InvalidRequest, Forbidden, Overloaded, Draining.
         """
+        payload += self._marks
         batch = decode_batch(payload, self._engine.settings.table)
+        if self._marks and not self._is_marked(batch):
+            raise InvalidRequest("EventBatch", "not a valid message: its last field is cut off")
+        producer_id = batch.events.producer_id
+        if producer_id == PRODUCER or not producer.may_produce_as(producer_id):
+            raise Forbidden(f"producer_id: {producer.name} may not publish as {producer_id!r}")
+        if Role.ADMIN not in producer.roles and (batch.events.kind == fence.MODERATED).any():
+            payload, batch = self._without_moderation(payload)
         self.recorder.malformed(batch.rejected)
         done: Future[PublishResult] = Future()
         self._commit.submit(Submission(payload, batch, self._engine.clock.now_ms(), done))  # type: ignore[arg-type]
         return batch, done
+
+    def _is_marked(self, batch: DecodedBatch) -> bool:
+        """Whether the marks were read: a cut-off field would have swallowed them, and the limits with them."""
+        events = batch.events
+        return (not self._own_only or events.own_streams_only) and (
+            not self._max_streams or events.max_streams == self._max_streams
+        )
+
+    def _without_moderation(self, payload: bytes) -> tuple[bytes, DecodedBatch]:
+        """The batch with its moderations emptied, which the log keeps: recovery must refuse them too."""
+        message = pb.EventBatch.FromString(payload)
+        if message.arrow:
+            # Rows of a record batch cannot be emptied one by one without rewriting what is logged.
+            raise Forbidden("arrow.kind: moderated wants the role admin; nothing of the batch was applied")
+        emptied = set()
+        for i, event in enumerate(message.events):
+            if event.HasField("moderated"):
+                event.ClearField("moderated")
+                emptied.add(i)
+        payload = message.SerializeToString()
+        batch = decode_batch(payload, self._engine.settings.table)
+        told = "moderated: the role admin is wanted"
+        rejected = [
+            Rejection(r.index, r.sequence, pb.NOT_PERMITTED, told) if r.index in emptied else r for r in batch.rejected
+        ]
+        return payload, DecodedBatch(batch.events, rejected)
 
     def _acknowledge(self, batch: DecodedBatch, result: PublishResult) -> pb.PublishAck:
         rejected = [
@@ -69,7 +116,7 @@ class IngestService(pb_grpc.IngestServicer):
                 pb.RejectedEvent(
                     sequence=int(batch.events.sequence[i]),
                     code=code,  # type: ignore[arg-type]
-                    message=_MESSAGES[code].format(**self._limits),
+                    message=_MESSAGES[code].format(max_streams=batch.events.max_streams, **self._limits),
                     index=int(batch.events.index[i]),
                 )
             )

@@ -14,8 +14,9 @@ from server.live.events import MAX_TIME_MS
 from server.ranking.liveness import check_live
 from server.ranking.reconcile import find_absent
 from server.recorder import Recorder
+from server.rpc.auth import caller
 from server.rpc.control import Control
-from server.rpc.decode import check_stream_id
+from server.rpc.decode import check_short, check_stream_id
 from server.rpc.slots import StreamSlots
 from server.rpc.status import guarded, guarded_stream
 
@@ -81,10 +82,14 @@ class LivenessService(pb_grpc.LivenessServicer):
             raise InvalidRequest(
                 "live_stream_ids", f"at most {MAX_RECONCILED} allowed, got {len(request.live_stream_ids)}"
             )
+        check_short("source", request.source)
         for i, stream_id in enumerate(request.live_stream_ids):
             check_stream_id(f"live_stream_ids[{i}]", stream_id)
         ids = [stream_id.encode() for stream_id in request.live_stream_ids]
-        found = engine.call(lambda: find_absent(engine.table, ids, request.as_of_ms)).result()
+        owners = None
+        if engine.settings.security.producers_own_streams:
+            owners = caller().producer_ids
+        found = engine.call(lambda: find_absent(engine.table, ids, request.as_of_ms, owners)).result()
         ended, offset = self._control.end_streams(found.absent, request.as_of_ms, "reconciled")
         return pb.ReconcileResponse(
             confirmed=found.confirmed,

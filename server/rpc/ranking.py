@@ -20,6 +20,8 @@ from server.rpc.status import CallerGone, guarded
 
 DEFAULT_DEADLINE_S = 30.0
 MAX_BATCH_VIEWERS = 4_096
+LEAST_STREAM_BYTES = 40
+"""A ranked stream of a reply takes more, even with an id of one byte."""
 
 
 class RankingService(pb_grpc.RankingServicer):
@@ -46,7 +48,16 @@ class RankingService(pb_grpc.RankingServicer):
             decode_rank(one, self._engine.settings, surfaces, deadline_s, f"requests[{i}].")
             for i, one in enumerate(request.requests)
         ]
+        self._check_size([query.limit for query in queries])
         return frame_messages(_await_all(self._engine.rank(queries), deadline_s))
+
+    def _check_size(self, limits: list[int]) -> None:
+        """Refuses before the work what certainly could not be sent after it."""
+        most = self._engine.settings.serve.max_message_bytes // LEAST_STREAM_BYTES
+        if sum(limits) > most:
+            raise InvalidRequest(
+                "requests", f"limits of {sum(limits)} streams in all; at most {most} fit a reply of max_message_bytes"
+            )
 
     @guarded
     def Explain(self, request: pb.ExplainRequest, context: grpc.ServicerContext) -> pb.ExplainResponse:

@@ -12,16 +12,19 @@ import grpc
 from server.errors import (
     ConfigError,
     Draining,
+    Forbidden,
     InvalidRequest,
     LiverankError,
     LogError,
     NotFound,
     OffsetNotReached,
     Overloaded,
+    RateLimited,
     ReaderTooSlow,
     Refused,
     ResumeGone,
     ScoringError,
+    Unauthenticated,
 )
 from server.recorder import Recorder
 
@@ -30,10 +33,13 @@ logger = logging.getLogger(__name__)
 STATUS: dict[type[LiverankError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     ConfigError: grpc.StatusCode.INVALID_ARGUMENT,  # only reload_rules reads a file on behalf of a caller
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    Forbidden: grpc.StatusCode.PERMISSION_DENIED,
     NotFound: grpc.StatusCode.NOT_FOUND,
     Refused: grpc.StatusCode.FAILED_PRECONDITION,
     OffsetNotReached: grpc.StatusCode.FAILED_PRECONDITION,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ResumeGone: grpc.StatusCode.OUT_OF_RANGE,
     ReaderTooSlow: grpc.StatusCode.ABORTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
@@ -61,7 +67,7 @@ def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, request, context)
         except Exception as error:  # noqa: BLE001 - mapped, or logged with its traceback
-            _abort(self.recorder, method.__name__, error, context)
+            abort(self.recorder, method.__name__, error, context)
 
     return call
 
@@ -76,12 +82,13 @@ def guarded_stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Iterat
         except grpc.RpcError:  # the caller cancelled or vanished while we waited for its next message
             self.recorder.refused(method.__name__, grpc.StatusCode.CANCELLED.name)
         except Exception as error:  # noqa: BLE001 - mapped, or logged with its traceback
-            _abort(self.recorder, method.__name__, error, context)
+            abort(self.recorder, method.__name__, error, context)
 
     return call
 
 
-def _abort(recorder: Recorder, method: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
+def abort(recorder: Recorder, method: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
+    """Ends the call with the error's status; counted."""
     if isinstance(error, LiverankError):
         code, message = status_of(error), str(error)
     elif isinstance(error, CallerGone):
@@ -90,7 +97,9 @@ def _abort(recorder: Recorder, method: str, error: Exception, context: grpc.Serv
         logger.exception("unexpected fault in %s", method)
         code, message = grpc.StatusCode.INTERNAL, f"{method}: internal fault; see the server's log"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        context.set_trailing_metadata((("grpc-retry-pushback-ms", RETRY_PUSHBACK_MS),))
+        pushback = str(error.retry_after_ms) if isinstance(error, RateLimited) else RETRY_PUSHBACK_MS
+        context.set_trailing_metadata((("grpc-retry-pushback-ms", pushback),))
     recorder.refused(method, code.name)
+    logger.debug("%s: %s: %s", method, code.name, message)  # messages repeat no viewer id and no token
     context.abort(code, message)
     raise AssertionError("abort raises")

@@ -158,6 +158,16 @@ class Metrics:
         )
         self.queue_rows = Gauge("liverank_queue_rows", "Viewers waiting to be ranked", registry=r)
         self.applied_offset = Gauge("liverank_applied_offset", "Last log offset applied", registry=r)
+        self.auth_refused = Counter(
+            "liverank_auth_refused_total", "Calls refused before their method ran, by reason", ["reason"], registry=r
+        )
+        self.security_reloads = Counter(
+            "liverank_security_reloads_total",
+            "Access and certificate files read again",
+            ["file", "outcome"],
+            registry=r,
+        )
+        self.audit_lost = Counter("liverank_audit_lost_total", "Audit lines that could not be written", registry=r)
         self.watchers = Gauge("liverank_watchers", "Open WatchEnded calls", registry=r)
 
     def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:

@@ -85,7 +85,18 @@ def test_the_defaults_can_serve_and_nothing_is_left_behind(tmp_path: Path) -> No
     assert sum(report["counts"].values()) == len(report["findings"])
     assert {tuple(f) for f in report["findings"]} == {("check", "status", "found", "mend")}
     areas = {f["check"].partition(".")[0] for f in report["findings"]}
-    assert areas == {"settings", "machine", "device", "libraries", "files", "memory", "clock", "ports", "model"}
+    assert areas == {
+        "settings",
+        "machine",
+        "device",
+        "libraries",
+        "files",
+        "memory",
+        "clock",
+        "ports",
+        "security",
+        "model",
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["doctor.toml"]
 
 

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from liverank.v1 import ranking_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
+from kernels.backend import Backend
 from server.app import App
 from server.clock import ManualClock
 from server.config import parse_settings
@@ -43,10 +44,10 @@ def test_a_server_says_serving_only_once_it_is_warm(tmp_path: Path, monkeypatch:
     begun, release = threading.Event(), threading.Event()
     told: list[int] = []
 
-    def slow_warm_up(engine: Engine) -> None:
+    def slow_warm_up(engine: Engine, backend: Backend) -> None:
         begun.set()
         assert release.wait(10.0)
-        warm_up(engine)
+        warm_up(engine, backend)
 
     monkeypatch.setattr("server.app.warm_up", slow_warm_up)
     settings = parse_settings(

@@ -15,14 +15,18 @@ import pytest
 from onnx import numpy_helper
 
 from server.clock import ManualClock
-from server.doctor import clock, files, model, ports
+from server.doctor import clock, files, model, ports, security
 from server.doctor.base import Status
 from server.doctor.eventlog import DamagedLogError, read_last
 from server.log.base import Record
 from server.log.sqlite import SqliteLog
 from tests.app import FEATURES, put_current_model
+from tests.certificates import Authority
 from tests.doctor import all_ok, context, found, the_failure
+from tests.secured import write_access
 from tests.triton_server import put_model, small_net
+
+PUBLIC = {"allow_insecure_public": True}
 
 
 def test_free_ports_are_ok(tmp_path: Path) -> None:
@@ -54,15 +58,36 @@ def test_the_same_port_twice_fails(tmp_path: Path) -> None:
 
 
 def test_an_address_of_another_machine_fails(tmp_path: Path) -> None:
-    told = found(ports.ports, context(tmp_path, serve={"host": "192.0.2.1"}))
+    told = found(ports.ports, context(tmp_path, serve={"host": "192.0.2.1"}, security=PUBLIC))
     assert told["ports.grpc"].status is Status.FAIL and "serve.host" in told["ports.grpc"].mend
-    told = found(ports.ports, context(tmp_path, serve={"host": "no such host"}))
+    told = found(ports.ports, context(tmp_path, serve={"host": "no such host"}, security=PUBLIC))
     assert told["ports.grpc"].status is Status.FAIL
 
 
 def test_a_privileged_port_fails_for_an_ordinary_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ports, "why_not", lambda host, port: errno.EACCES if port else 0)  # tests may run as root
     assert "1024" in the_failure(ports.ports, context(tmp_path, serve={"port": 443})).mend
+
+
+# --- security -----------------------------------------------------------------------------------
+
+
+def test_an_open_server_is_fine_on_loopback_and_a_warning_elsewhere(tmp_path: Path) -> None:
+    assert all_ok(security.security, context(tmp_path))
+    told = found(security.security, context(tmp_path, serve={"host": "0.0.0.0"}, security=PUBLIC))
+    assert {finding.status for finding in told.values()} == {Status.WARN}
+
+
+def test_security_files_that_cannot_be_used_fail(tmp_path: Path) -> None:
+    cert, key = Authority(tmp_path, "ca").issue("server")
+    files = {"cert_file": str(cert), "key_file": str(key), "access_file": str(tmp_path / "access.toml")}
+    write_access(tmp_path / "access.toml", "reader")
+    assert all_ok(security.security, context(tmp_path, security=files))
+    assert (
+        "cannot be read" in the_failure(security.security, context(tmp_path, security={"access_file": "/none"})).found
+    )
+    key.write_text("no key")
+    assert "cert_file" in the_failure(security.security, context(tmp_path, security=files)).found
 
 
 # --- files --------------------------------------------------------------------------------------

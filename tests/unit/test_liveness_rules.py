@@ -7,6 +7,7 @@ import pytest
 from liverank.v1 import ingest_pb2 as pb
 
 from kernels import fence
+from server.live.events import decode_batch
 from server.live.table import LiveTable
 from tests.events import T0, apply, event, new_table, small_settings, started
 
@@ -220,3 +221,44 @@ def test_producers_beyond_the_limit_displace_the_longest_silent_one() -> None:
     apply(table, event("s", 1, chatted={}), producer="new", at_ms=T0 + 2)
     again = apply(table, event("s", 1, chatted={}), producer="busy", at_ms=T0 + 3)
     assert again.codes.tolist() == [pb.DUPLICATE_SEQUENCE]
+
+
+def owned(table: LiveTable, *events: pb.Event, producer: str, most: int = 0) -> list[int]:
+    """Codes of a batch that may change its producer's own streams only."""
+    batch = pb.EventBatch(producer_id=producer, events=events, own_streams_only=True, max_streams=most)
+    return table.apply(decode_batch(batch.SerializeToString(), table.settings).events, T0).codes.tolist()
+
+
+def test_a_batch_for_own_streams_changes_no_other_and_uses_up_no_number(table: LiveTable) -> None:
+    assert owned(table, started("t", 1), event("t", 2, liked={}), producer="q") == [0, 0]
+    end = event("t", 9, epoch=1, ended={})
+    assert owned(table, end, started("t", 10, epoch=2), producer="p") == [pb.NOT_OWNER] * 2
+    assert state(table, "t") == fence.LIVE
+    assert apply(table, end).codes.tolist() == [0], "a batch without the mark may, with the same number"
+    assert owned(table, started("t", 11, epoch=2), producer="p") == [pb.NOT_OWNER], "its tombstone is the owner's too"
+    assert owned(table, started("t", 3, epoch=2), producer="q") == [0]
+
+
+def test_a_new_session_of_an_unmarked_batch_moves_the_stream_to_its_producer(table: LiveTable) -> None:
+    assert apply(table, started("s", 1, epoch=2), producer="q").codes.tolist() == [0]
+    assert owned(table, event("s", 2, liked={}), producer="q") == [0]
+    assert owned(table, event("s", 5, liked={}), producer="p") == [pb.NOT_OWNER]
+
+
+def test_a_freed_row_belongs_to_nobody(table: LiveTable) -> None:
+    assert table.columns.owner.any()
+    apply(table, event("s", 2, epoch=1, ended={}))
+    table.expire(T0 + TOMBSTONE)
+    assert not table.columns.owner.any()
+
+
+def test_a_producers_limit_counts_its_rows_and_leaves_room_for_others() -> None:
+    table = new_table(small_settings(capacity=4))
+    starts = [started(f"a{i}", i + 1) for i in range(3)]
+    assert owned(table, *starts, producer="p", most=2) == [0, 0, pb.TOO_MANY_STREAMS]
+    assert owned(table, event("a0", 7, epoch=1, ended={}), started("a2", 8), producer="p", most=2) == [
+        0,
+        fence.TOO_MANY_STREAMS,
+    ]
+    assert owned(table, started("a0", 9, epoch=2), producer="p", most=2) == [0], "a row it has already"
+    assert owned(table, *[started(f"b{i}", i + 1) for i in range(3)], producer="q", most=9) == [0, 0, pb.CAPACITY]
