@@ -35,6 +35,8 @@ class Compiled:
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    fp_fusion: bool = True
+    """Whether a product and a sum may become one instruction, rounded once."""
     label: str = ""
     """Tells apart two compilations of one kernel."""
 
@@ -82,7 +84,11 @@ def compile_ahead(compiled: Compiled, sm: int) -> Usage:
         if signature[name].startswith("*")
     }
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, compiled.constants, aligned)
-    options = {"num_warps": compiled.num_warps, "num_stages": compiled.num_stages}
+    options = {
+        "num_warps": compiled.num_warps,
+        "num_stages": compiled.num_stages,
+        "enable_fp_fusion": compiled.fp_fusion,
+    }
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     registers, stack_bytes = _resources(built.asm["cubin"])
     name = kernel.__name__.strip("_") + (f"[{compiled.label}]" if compiled.label else "")

@@ -93,13 +93,21 @@ def test_the_last_check_on_the_device_keeps_drops_and_gathers_as_the_cpu_does(se
 
 
 def test_a_name_interned_after_the_filter_was_built_does_not_match_it() -> None:
-    rows = random_rows(np.random.default_rng(2), 1)._replace(
-        state=np.ones(1, np.uint8), lease_expires_ms=np.array([NOW + 1]), rule_bits=np.zeros(1, np.uint32),
-        region=np.zeros(1, np.int32), age_rating=np.zeros(1, np.int32), language=np.array([7], np.int32),
-    )  # fmt: skip
-    eligible = empty((3, 1), torch.uint8)
-    eligible_rows(*tensors(rows), params(1), eligible=eligible)
-    assert get(eligible)[:2].tolist() == [[1], [0]]
+    one = np.zeros(1, np.int32)
+    fine = RowColumns(np.ones(1, np.uint8), np.array([NOW + 1]), np.zeros(1, np.uint32), one, one, one, one)
+    no, yes = np.zeros(2, bool), np.ones(2, bool)
+    # The first number beyond filter 0's names lies where filter 1's names begin.
+    names = np.array([[0, 0, 0], [1, 1, 1]], bool)
+    regions, ages = np.full(2, -1, np.int32), np.full(2, 18, np.int32)
+    for changed, filters in (
+        ("language", FilterColumns(regions, ages, no, names, yes, names)),
+        ("category", FilterColumns(regions, ages, yes, names, no, names)),
+    ):
+        for number, passes in ((2, [[0], [1]]), (3, [[0], [0]])):
+            rows = fine._replace(**{changed: np.array([number], np.int32)})
+            eligible = empty((2, 1), torch.uint8)
+            eligible_rows(*tensors(rows, filters), params(1), eligible=eligible)
+            assert get(eligible).tolist() == passes, changed
 
 
 def test_without_any_name_interned_a_filter_by_name_matches_nothing() -> None:

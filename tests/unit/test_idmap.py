@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.idmap import ID_BYTES, IdMap, hash_ids, pack_ids
+from kernels.idmap import ID_BYTES, IdMap, hash_ids, id_words, pack_ids
 
 IDS = st.binary(min_size=1, max_size=ID_BYTES)
 
@@ -60,3 +60,11 @@ def test_hash_is_zero_for_the_empty_id_only(names: list[bytes]) -> None:
     hashes = hash_ids(*pack_ids([b"", *names]))
     assert hashes[0] == 0 and (hashes[1:] != 0).all()
     assert len(set(hashes.tolist())) == len(names) + 1
+
+
+def test_words_compare_as_the_bytes_of_the_ids_do() -> None:
+    rng = np.random.default_rng(1)
+    ids = [rng.choice([1, 0x41, 0x7F, 0x80, 0xFF], rng.integers(1, 65)).astype(np.uint8).tobytes() for _ in range(300)]
+    words = id_words(pack_ids(ids)[0])
+    assert words.dtype == np.int64 and words.shape == (300, 8)
+    assert sorted(range(300), key=lambda i: words[i].tolist()) == sorted(range(300), key=lambda i: ids[i])
