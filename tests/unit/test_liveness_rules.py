@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from liverank.v1 import ingest_pb2 as pb
+from numpy.typing import NDArray
 
 from kernels import fence
 from server.live.table import LiveTable
@@ -168,6 +169,20 @@ def test_tombstones_outlive_late_events_and_then_free_the_row(table: LiveTable) 
     assert state(table) == fence.ENDED
     table.expire(T0 + TOMBSTONE)
     assert state(table) == fence.FREE and table.columns.generation[0] == 1
+
+
+def test_embeddings_are_written_through_the_search_engine_and_a_freed_row_has_none() -> None:
+    settings = small_settings()
+    written: list[tuple[int, list[float]]] = []
+
+    def write_rows(slots: NDArray[np.int32], rows: NDArray[np.float32]) -> None:
+        written.extend(zip(slots.tolist(), rows.tolist(), strict=True))
+
+    table = LiveTable(settings, np.zeros((settings.capacity, settings.embedding_dim), np.float32), write_rows)
+    apply(table, started("a", 1, embedding=[0, 2, 0, 0]), event("a", 2, epoch=1, ended={}))
+    table.expire(T0 + settings.tombstone_ms)
+    assert written == [(0, [0.0, 1.0, 0.0, 0.0]), (0, [0.0] * 4)]
+    assert not table.columns.embedding.any()
 
 
 def test_a_full_table_refuses_a_start_and_evicts_nobody() -> None:
