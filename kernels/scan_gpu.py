@@ -304,7 +304,7 @@ AOT = [
             _scan, _SCAN_TYPES, {**_widths(dim), "QUERIES": shape.queries, "ROWS": shape.rows, "TILES": 8},
             shape.num_warps, shape.num_stages, f"{shape.queries}×{shape.rows}, D={dim}",
         )
-        for shape in SCAN_SHAPES.values() for dim in (64, 256)
+        for shape, dim in [*((shape, 64) for shape in SCAN_SHAPES.values()), (SCAN_SHAPES[128], 256)]
     ),
     Compiled(_expand, "*i64 *i32 *i32 *i32 i32", {"WORDS": _EXPAND_WORDS}),
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from liverank.v1 import ingest_pb2 as pb
+from numpy.typing import NDArray
 
 from kernels import fence
 from server.live.events import decode_batch
@@ -191,6 +192,20 @@ def test_a_freed_row_holds_nothing_of_what_it_held(table: LiveTable) -> None:
     table.expire(T0 + TOMBSTONE)
     for name, column in vars(table.columns).items():
         assert name == "generation" or not column[0].any(), name
+
+
+def test_embeddings_are_written_through_the_search_engine_and_a_freed_row_has_none() -> None:
+    settings = small_settings()
+    written: list[tuple[int, list[float]]] = []
+
+    def write_rows(slots: NDArray[np.int32], rows: NDArray[np.float32]) -> None:
+        written.extend(zip(slots.tolist(), rows.tolist(), strict=True))
+
+    table = LiveTable(settings, np.zeros((settings.capacity, settings.embedding_dim), np.float32), write_rows)
+    apply(table, started("a", 1, embedding=[0, 2, 0, 0]), event("a", 2, epoch=1, ended={}))
+    table.expire(T0 + settings.tombstone_ms)
+    assert written == [(0, [0.0, 1.0, 0.0, 0.0]), (0, [0.0] * 4)]
+    assert not table.columns.embedding.any()
 
 
 def test_a_full_table_refuses_a_start_and_evicts_nobody() -> None:

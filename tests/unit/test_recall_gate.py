@@ -168,6 +168,17 @@ def test_rows_changed_since_the_build_are_found_moved_or_gone_at_once() -> None:
         assert hits.slots[0, 0] == 77 and best not in hits.slots and 78 not in hits.slots
 
 
+def test_a_changed_row_that_the_index_proposes_too_takes_one_place() -> None:
+    world = World(PerfectIndex)
+    world.prove()
+    query = np.full((1, DIM), 1.0, np.float32)
+    best = world.exact.search(query, world.eligible, np.zeros(1, np.int32), 1).slots[0]
+    world.engine.write_rows(best, world.engine.embeddings[best] * np.float32(1.5))
+    for _ in range(2):
+        slots = world.ask(queries=query).slots[0]
+        assert len(set(slots.tolist())) == K and slots[0] == best[0]
+
+
 def test_rows_written_during_a_build_count_as_changed_since() -> None:
     go_on, begun = threading.Event(), threading.Event()
 
