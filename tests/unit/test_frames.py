@@ -20,7 +20,7 @@ from kernels.backend import CPU, Backend, choose
 from kernels.counters import COUNTERS, decay_factors
 from server.errors import ConfigError
 from server.live import frames
-from server.live.arrow_events import read_batch
+from server.live.arrow_schema import read_batch
 from server.live.events import decode_batch
 from server.live.table import FIRST_COUNTER, SECOND_COUNTER
 from tests.app import running_app
