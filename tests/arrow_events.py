@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 from liverank.v1 import ingest_pb2 as pb
 
-from server.live.arrow_events import LISTS, NUMBERS, TEXTS
+from server.live.arrow_schema import LISTS, NUMBERS, TEXTS
 
 TYPES: dict[str, Any] = {
     **NUMBERS,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from liverank.v1 import ingest_pb2 as pb
 
 from server.errors import InvalidRequest
+from server.live.arrow_events import _Decoder
 from server.live.events import MAX_TIME_MS, DecodedBatch, EventColumns, decode_batch
 from tests.arrow_events import payload, to_batch, to_ipc, to_rows
 from tests.events import T0, apply, batch, event, new_table, small_settings, started
@@ -128,6 +129,16 @@ def test_a_slice_of_a_larger_batch_decodes_alone() -> None:
     whole = to_batch(to_rows([event("before", 99, liked={}), *ONE_OF_EACH, event("after", 98, liked={})]))
     ours = decode_batch(payload(to_ipc(whole.slice(1, len(ONE_OF_EACH)))), SETTINGS)
     assert_same(ours, decode_batch(batch(*ONE_OF_EACH), SETTINGS))
+
+
+@pytest.mark.parametrize("types", [None, LARGE, PACKED])
+def test_a_window_into_larger_columns_decodes_as_if_it_were_alone(types: dict[str, Any] | None) -> None:
+    # IPC never brings such a batch, but the decoder must not rest on that.
+    around = [event("around", 99, liked={"count": 9}), event("around", 98, watched={"seconds": 3.0})]
+    whole = to_batch(to_rows([*around, *ONE_OF_EACH, *around]), types)
+    window = whole.slice(2, len(ONE_OF_EACH))
+    assert window.column("count").offset == 2
+    assert_same(_Decoder("p", window, SETTINGS).decode(), decode_batch(batch(*ONE_OF_EACH), SETTINGS))
 
 
 def test_null_is_the_default_of_its_field() -> None:

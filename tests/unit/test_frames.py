@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from liverank.v1 import ingest_pb2 as pb
 
@@ -20,7 +20,7 @@ from kernels.backend import CPU, Backend, choose
 from kernels.counters import COUNTERS, decay_factors
 from server.errors import ConfigError
 from server.live import frames
-from server.live.arrow_events import read_batch
+from server.live.arrow_schema import read_batch
 from server.live.events import decode_batch
 from server.live.table import FIRST_COUNTER, SECOND_COUNTER
 from tests.app import running_app
@@ -42,7 +42,8 @@ def frame_of(events: list[pb.Event], **how: Any) -> Any:
     return frames.events_frame(batch, SETTINGS.currencies, LIBRARY)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
+@example(ONE_OF_EACH, PACKED, True)
 @given(st.lists(any_event(), max_size=6), st.sampled_from([None, LARGE, PACKED]), st.booleans())
 def test_a_frame_of_events_says_what_the_decoder_says(events: list[pb.Event], types: Any, sparse: bool) -> None:
     frame = frame_of(events, types=types, sparse=sparse)
