@@ -13,7 +13,7 @@ from pathlib import Path
 
 from server.clock import SystemClock
 from server.config import load_settings
-from server.errors import LiverankError
+from server.errors import Draining, LiverankError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,18 +112,39 @@ def _serve(config: Path | None, ready_file: Path | None) -> int:
     from server.app import App
 
     faults = threading.Event()
+    failed: list[LiverankError] = []
 
     def give_up() -> None:
         faults.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def start() -> None:
+        try:
+            app.start()
+        except LiverankError as error:
+            failed.append(error)
+            give_up()
+            return
+        except BaseException:
+            give_up()
+            raise
+        if ready_file is not None:
+            beside = ready_file.with_suffix(".tmp")
+            beside.write_text(json.dumps({"port": app.port, "metrics_port": app.metrics_port}))
+            beside.rename(ready_file)  # a reader sees all of it or nothing
+
     app = App(load_settings(config), SystemClock(), give_up)
-    app.start()
-    if ready_file is not None:
-        beside = ready_file.with_suffix(".tmp")
-        beside.write_text(json.dumps({"port": app.port, "metrics_port": app.metrics_port}))
-        beside.rename(ready_file)  # a reader sees all of it or nothing
+    starting = threading.Thread(target=start, name="start")  # a recovery may be long, and can be stopped
+    starting.start()
     signal.sigwait(stops)
+    if not failed:
+        app.stop_starting()
+        starting.join()
+        if failed and isinstance(failed[0], Draining):
+            return 0  # told to stop before it served
+    if failed:
+        starting.join()
+        raise failed[0]
     clean = app.drain()
     return 0 if clean and not faults.is_set() else 1
 

@@ -15,18 +15,21 @@ from liverank.v1 import admin_pb2, admin_pb2_grpc, ingest_pb2, liveness_pb2, liv
 from server.clock import Clock
 from server.config import Settings
 from server.engine import Engine
-from server.errors import ConfigError
+from server.errors import ConfigError, Draining, LogError, LogFull
 from server.live.ends import EndFeed
 from server.live.features import FeatureSet
 from server.live.table import LiveTable
-from server.log.commit import GroupCommit
+from server.log.commit import CommitPath, GroupCommit
+from server.log.snapshot import SnapshotFolder
 from server.log.sqlite import SqliteLog
+from server.log.trim import LogTrimmer
 from server.ranking.pipeline import Pipeline
 from server.recorder import Recorder
+from server.recovery import History, SqliteHistory, recover
 from server.retrieval.registry import make_engine
 from server.retrieval.streams import StreamState
 from server.rpc.admin import AdminService
-from server.rpc.control import Control
+from server.rpc.control import PRODUCER, Control
 from server.rpc.encode import encode_replies
 from server.rpc.ingest import IngestService
 from server.rpc.liveness import LivenessService
@@ -36,6 +39,7 @@ from server.rpc.slots import StreamSlots
 from server.rules.rulebook import RuleBook
 from server.scoring.base import Scorer
 from server.scoring.refresh import Refresher
+from server.snapshots import Snapshots
 from server.telemetry.metrics import Metrics
 from server.warmup import warm_up
 
@@ -64,13 +68,51 @@ def open_scorer(settings: Settings, features: FeatureSet) -> Scorer:
     return LocalScorer(scoring.model_repository, scoring.model_name, features.schema, len(features))
 
 
+class _EmbeddedLog:
+    """The parts of log.kind = "sqlite"."""
+
+    def __init__(
+        self, settings: Settings, clock: Clock, engine: Engine, metrics: Metrics, on_fault: Callable[[], None]
+    ) -> None:
+        def refused(error: LogError) -> None:
+            metrics.log_errors.labels("full" if isinstance(error, LogFull) else "other").inc()
+
+        self._log = SqliteLog(settings.log.path)
+        if self._log.truncated:
+            metrics.log_truncated.inc()
+        self.history: History = SqliteHistory(self._log, settings)
+        self.commit: CommitPath = GroupCommit(
+            self._log, clock, settings.log.group_commit_rows, engine.committed, on_fault, refused
+        )
+        self.trimmer: LogTrimmer | None = LogTrimmer(settings.log.path)
+        self.control_producer = PRODUCER
+
+    def open(self, stopping: threading.Event) -> None:
+        """It is open."""
+
+    def start(self, offset: int, stamp_ms: int) -> None:
+        """Begins to write."""
+        if self.history.last_offset < offset:
+            self._log.continue_after(offset, stamp_ms)
+        self.commit.start(offset, stamp_ms)
+
+    def catch_up(self, stopping: threading.Event) -> None:
+        """Nobody else writes to it: there is nothing to catch up with."""
+
+    def close(self) -> None:
+        """Releases the files."""
+        assert self.trimmer is not None
+        self.trimmer.close()
+        self._log.close()
+
+
 class App:
     """One server. ``start`` returns when it is warm and SERVING; ``drain`` ends it in order.
 
-    port, metrics_port: the bound ports, known after ``start``.
+    port, metrics_port: the bound ports, known from early in ``start`` on.
 
     Raises:
-        ConfigError: a file is wrong, or a port cannot be bound. LogError: the log cannot be read.
+        ConfigError: a file is wrong. LogError: the log cannot be opened.
     """
 
     def __init__(self, settings: Settings, clock: Clock, on_fault: Callable[[], None]) -> None:
@@ -88,10 +130,12 @@ class App:
             settings, clock, table, features, streams, pipeline,
             EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, on_fault,
         )  # fmt: skip
-        self._log = SqliteLog(settings.log.path)
-        replayed = self.engine.recover(self._log)
-        logger.info("recovered %d batches; offset %d", replayed, self.engine.applied_offset)
-        self._commit = GroupCommit(self._log, clock, settings.log.group_commit_rows, self.engine.committed, on_fault)
+        self._log = self._open_log(on_fault)
+        self._commit = self._log.commit
+        self._folder = SnapshotFolder(settings.snapshot_folder)
+        self.snapshots = Snapshots(
+            self.engine, self._folder, settings, self._log.history.name, self._log.trimmer, self.metrics
+        )
         self._scorer = open_scorer(settings, features)
         self._refresher = Refresher(
             self._scorer,
@@ -118,12 +162,17 @@ class App:
         )
         self._register()
         self._drained = threading.Lock()
+        self._stopping = threading.Event()
+        self._stop_metrics: Callable[[], None] = lambda: None
         self.port = 0
         self.metrics_port = 0
 
+    def _open_log(self, on_fault: Callable[[], None]) -> _EmbeddedLog:
+        return _EmbeddedLog(self.settings, self.clock, self.engine, self.metrics, on_fault)
+
     def _register(self) -> None:
         engine, recorder = self.engine, self.recorder
-        control = Control(engine, self._commit)
+        control = Control(engine, self._commit, self._log.control_producer)
         ingest = IngestService(engine, self._commit, recorder, self._slots)
         self._grpc.add_generic_rpc_handlers((ranking_handler(RankingService(engine, recorder)), ingest_handler(ingest)))
         liveness_pb2_grpc.add_LivenessServicer_to_server(
@@ -136,7 +185,19 @@ class App:
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def start(self) -> None:
-        """Binds, answers health with NOT_SERVING, warms up, then turns to SERVING."""
+        """Binds, answers health with NOT_SERVING, recovers, warms up, then turns to SERVING.
+
+        Raises:
+            ConfigError: a port cannot be bound, or the table cannot hold the snapshot. LogError: the log is damaged
+            or incomplete. Draining: drained meanwhile. Nothing runs any more then.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.drain()
+            raise
+
+    def _start(self) -> None:
         serve = self.settings.serve
         try:
             self.port = self._grpc.add_insecure_port(f"{serve.host}:{serve.port}")
@@ -148,12 +209,22 @@ class App:
             raise ConfigError(
                 f"serve.metrics_port: {serve.host}:{serve.metrics_port} cannot be bound: {error}"
             ) from error
-        self._commit.start()
-        self.engine.start(self._commit, self._refresher)
         self._grpc.start()
+        self._log.open(self._stopping)
+        recovered = recover(self.engine, self._log.history, self._folder, self.metrics, self._stopping)
+        self._log.start(recovered.offset, recovered.stamp_ms)
+        self.engine.start(self._commit, self._refresher)
         warm_up(self.engine)
+        self._log.catch_up(self._stopping)
+        self.snapshots.start(recovered.snapshot_offset)
+        if self._stopping.is_set():
+            raise Draining("stopped while starting")
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         logger.info("serving on %s:%d, metrics on :%d", serve.host, self.port, self.metrics_port)
+
+    def stop_starting(self) -> None:
+        """Makes a `start` in another thread raise Draining soon; a started server is not affected."""
+        self._stopping.set()
 
     def drain(self) -> bool:
         """Readiness off, in-flight calls finish within the grace period, then everything stops, in order.
@@ -162,11 +233,13 @@ class App:
         """
         if not self._drained.acquire(blocking=False):
             return True
+        self._stopping.set()
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._slots.close()
         self.engine.ends.close()
         stopped = self._grpc.stop(grace=self.settings.serve.drain_grace_ms / 1000)
         clean = stopped.wait(self.settings.serve.drain_grace_ms / 1000 + 1.0)
+        self.snapshots.stop()
         self._commit.stop()
         self.engine.stop()
         clean &= self._refresher.close()

@@ -11,7 +11,7 @@ from liverank.v1 import ingest_pb2_grpc as pb_grpc
 
 from server.engine import Engine, PublishResult
 from server.live.events import DecodedBatch, decode_batch
-from server.log.commit import GroupCommit, Submission
+from server.log.commit import CommitPath, Submission
 from server.recorder import Recorder
 from server.rpc.slots import StreamSlots
 from server.rpc.status import guarded_stream
@@ -32,7 +32,7 @@ _MESSAGES: dict[int, str] = {
 class IngestService(pb_grpc.IngestServicer):
     """Decodes batches, hands them to the log, and acknowledges in order what was made durable and applied."""
 
-    def __init__(self, engine: Engine, commit: GroupCommit, recorder: Recorder, slots: StreamSlots) -> None:
+    def __init__(self, engine: Engine, commit: CommitPath, recorder: Recorder, slots: StreamSlots) -> None:
         self._engine, self._commit, self.recorder, self._slots = engine, commit, recorder, slots
         self._limits = engine.settings.table.model_dump()
 

@@ -15,6 +15,7 @@ from server.errors import (
     InvalidRequest,
     LiverankError,
     LogError,
+    LogFull,
     NotFound,
     OffsetNotReached,
     Overloaded,
@@ -22,6 +23,7 @@ from server.errors import (
     Refused,
     ResumeGone,
     ScoringError,
+    SnapshotError,
 )
 from server.recorder import Recorder
 
@@ -38,6 +40,8 @@ STATUS: dict[type[LiverankError], grpc.StatusCode] = {
     ReaderTooSlow: grpc.StatusCode.ABORTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     LogError: grpc.StatusCode.UNAVAILABLE,
+    LogFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    SnapshotError: grpc.StatusCode.INTERNAL,  # the server goes on without it; if one escapes it is a bug
     ScoringError: grpc.StatusCode.INTERNAL,  # the ladder keeps these from callers; if one escapes it is a bug
     LiverankError: grpc.StatusCode.INTERNAL,
 }
