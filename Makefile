@@ -33,5 +33,5 @@ $(VENV)/.serving: pyproject.toml $(PROTOS) | $(VENV)/bin/python
 	$(PIP) --editable .
 	@touch $@
 $(VENV)/.testing: $(VENV)/.serving
-	$(PIP) --editable '.[dev,train,load]'
+	$(PIP) --editable '.[dev,train,load,kafka]'
 	@touch $@

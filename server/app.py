@@ -15,21 +15,19 @@ from liverank.v1 import admin_pb2, admin_pb2_grpc, ingest_pb2, liveness_pb2, liv
 from server.clock import Clock
 from server.config import Settings
 from server.engine import Engine
-from server.errors import ConfigError, Draining, LogError, LogFull
+from server.errors import ConfigError, Draining
 from server.live.ends import EndFeed
 from server.live.features import FeatureSet
 from server.live.table import LiveTable
-from server.log.commit import CommitPath, GroupCommit
 from server.log.snapshot import SnapshotFolder
-from server.log.sqlite import SqliteLog
-from server.log.trim import LogTrimmer
+from server.logs import open_log
 from server.ranking.pipeline import Pipeline
 from server.recorder import Recorder
-from server.recovery import History, SqliteHistory, recover
+from server.recovery import recover
 from server.retrieval.registry import make_engine
 from server.retrieval.streams import StreamState
 from server.rpc.admin import AdminService
-from server.rpc.control import PRODUCER, Control
+from server.rpc.control import Control
 from server.rpc.encode import encode_replies
 from server.rpc.ingest import IngestService
 from server.rpc.liveness import LivenessService
@@ -68,44 +66,6 @@ def open_scorer(settings: Settings, features: FeatureSet) -> Scorer:
     return LocalScorer(scoring.model_repository, scoring.model_name, features.schema, len(features))
 
 
-class _EmbeddedLog:
-    """The parts of log.kind = "sqlite"."""
-
-    def __init__(
-        self, settings: Settings, clock: Clock, engine: Engine, metrics: Metrics, on_fault: Callable[[], None]
-    ) -> None:
-        def refused(error: LogError) -> None:
-            metrics.log_errors.labels("full" if isinstance(error, LogFull) else "other").inc()
-
-        self._log = SqliteLog(settings.log.path)
-        if self._log.truncated:
-            metrics.log_truncated.inc()
-        self.history: History = SqliteHistory(self._log, settings)
-        self.commit: CommitPath = GroupCommit(
-            self._log, clock, settings.log.group_commit_rows, engine.committed, on_fault, refused
-        )
-        self.trimmer: LogTrimmer | None = LogTrimmer(settings.log.path)
-        self.control_producer = PRODUCER
-
-    def open(self, stopping: threading.Event) -> None:
-        """It is open."""
-
-    def start(self, offset: int, stamp_ms: int) -> None:
-        """Begins to write."""
-        if self.history.last_offset < offset:
-            self._log.continue_after(offset, stamp_ms)
-        self.commit.start(offset, stamp_ms)
-
-    def catch_up(self, stopping: threading.Event) -> None:
-        """Nobody else writes to it: there is nothing to catch up with."""
-
-    def close(self) -> None:
-        """Releases the files."""
-        assert self.trimmer is not None
-        self.trimmer.close()
-        self._log.close()
-
-
 class App:
     """One server. ``start`` returns when it is warm and SERVING; ``drain`` ends it in order.
 
@@ -130,7 +90,7 @@ class App:
             settings, clock, table, features, streams, pipeline,
             EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, on_fault,
         )  # fmt: skip
-        self._log = self._open_log(on_fault)
+        self._log = open_log(settings, clock, self.engine, self.metrics, on_fault)
         self._commit = self._log.commit
         self._folder = SnapshotFolder(settings.snapshot_folder)
         self.snapshots = Snapshots(
@@ -166,9 +126,6 @@ class App:
         self._stop_metrics: Callable[[], None] = lambda: None
         self.port = 0
         self.metrics_port = 0
-
-    def _open_log(self, on_fault: Callable[[], None]) -> _EmbeddedLog:
-        return _EmbeddedLog(self.settings, self.clock, self.engine, self.metrics, on_fault)
 
     def _register(self) -> None:
         engine, recorder = self.engine, self.recorder
@@ -210,7 +167,7 @@ class App:
                 f"serve.metrics_port: {serve.host}:{serve.metrics_port} cannot be bound: {error}"
             ) from error
         self._grpc.start()
-        self._log.open(self._stopping)
+        self._log.connect(self._stopping)
         recovered = recover(self.engine, self._log.history, self._folder, self.metrics, self._stopping)
         self._log.start(recovered.offset, recovered.stamp_ms)
         self.engine.start(self._commit, self._refresher)

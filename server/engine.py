@@ -29,7 +29,7 @@ from server.live.events import DecodedBatch
 from server.live.features import FeatureSet
 from server.live.table import Applied, End, LiveTable
 from server.log.base import Record
-from server.log.commit import Committed, CommitPath, Submission
+from server.log.commit import CommitPath, Committed, Submission
 from server.ranking.pipeline import Pipeline
 from server.ranking.slates import ReplyState, SlateBatch
 from server.recorder import Recorder

@@ -71,6 +71,8 @@ class SqliteHistory:
         return self._log.last.offset if self._log.last else 0
 
     def read(self, after: int, stamp_ms: int) -> Iterator[Committed]:
+        if after > self.last_offset:
+            logger.error("the log ends at %d, before the snapshot of %d: going on after it", self.last_offset, after)
         for record in self._log.read(after):
             try:
                 batch = decode_batch(record.payload, self._settings.table)
@@ -115,7 +117,7 @@ def recover(
         if found.manifest.feature_schema != engine.features.schema:
             logger.info("the snapshot is older than the feature file; columns do not depend on it")
         _check_same_log(history, found)
-    _check_reaches(history, offset, found is not None, engine.settings)
+    _check_reaches(history, offset, engine.settings)
     records = _replay(engine, history, offset, metrics, stopping)
     engine.recovered()
     done = Recovered(
@@ -167,7 +169,7 @@ def _check_same_log(history: History, found: Contents) -> None:
         )
 
 
-def _check_reaches(history: History, offset: int, has_snapshot: bool, settings: Settings) -> None:
+def _check_reaches(history: History, offset: int, settings: Settings) -> None:
     """Records between the snapshot and the oldest in the log are gone for good."""
     first = history.first_offset
     if first > offset + 1:
@@ -178,8 +180,6 @@ def _check_reaches(history: History, offset: int, has_snapshot: bool, settings: 
                 "log.accept_lost_history = true to start without what they held"
             )
         logger.error("%s: STARTING WITHOUT THEM (log.accept_lost_history)", gone)
-    if has_snapshot and history.last_offset < offset:
-        logger.error("the log ends at %d, before the snapshot of %d; going on from there", history.last_offset, offset)
 
 
 def _replay(engine: Engine, history: History, after: int, metrics: Metrics, stopping: threading.Event) -> int:

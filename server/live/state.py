@@ -31,8 +31,9 @@ LAYOUT = hashlib.sha256(
 class TableState:
     """A live table at one moment, R used rows and P producers.
 
-    columns: by name, [R, ...] (trailing dimensions may be one, flattened). titles, tags: R each. names: by interner, from number 0. producers: by row of
-    their windows; producer_used_ms int64[P], highest uint64[P], window_bits uint64[P, WORDS].
+    columns: by name, [R, ...]; trailing dimensions may be flattened. titles, tags: R each. names: by interner, from
+    number 0. producers: by row of their windows; producer_used_ms int64[P], highest uint64[P], window_bits
+    uint64[P, WORDS].
     Free rows are those without an id. Arrays may be views of a `StateBuffer`, valid until its next capture.
     """
 

@@ -111,14 +111,15 @@ class Metrics:
         self.log_errors = Counter(
             "liverank_log_errors_total", "Groups of batches refused: they could not be written", ["reason"], registry=r
         )
-        self.log_trimmed = Counter(
-            "liverank_log_trimmed_records_total", "Old records deleted from the log", registry=r
-        )
+        self.log_trimmed = Counter("liverank_log_trimmed_records_total", "Old records deleted from the log", registry=r)
         self.log_truncated = Counter(
             "liverank_log_truncated_records_total", "Damaged last records removed at start", registry=r
         )
         self.log_dead_letters = Counter(
             "liverank_log_dead_letters_total", "Records of the log that cannot be decoded", registry=r
+        )
+        self.log_gaps = Gauge(
+            "liverank_log_gap_offsets", "Offsets of the log that held no record, since the start", registry=r
         )
         self.log_lead_seconds = Gauge(
             "liverank_log_stamp_lead_seconds", "Newest stamp in the log minus this server's clock", registry=r

@@ -157,7 +157,7 @@ def test_every_flipped_byte_and_every_cut_is_noticed(table: LiveTable, tmp_path:
     rng = np.random.default_rng(1)
     for at in [0, 70, len(whole) - 1, *rng.integers(0, len(whole), 40).tolist()]:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(SnapshotError, match="damaged|not a snapshot"):
+        with pytest.raises(SnapshotError, match=r"damaged|not a snapshot"):
             snapshot.read(path)
     for length in (0, 10, 64, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
