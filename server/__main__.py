@@ -1,4 +1,4 @@
-"""`liverank`: serve · doctor · demo · replay · rank · explain · bench."""
+"""`liverank`: serve · doctor · log · demo · replay · rank · explain · bench."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.add_argument("--config", type=Path, help="settings file (TOML)")
     doctor.add_argument("--json", action="store_true", help="print one line of JSON last")
 
+    log = commands.add_parser("log", help="check the event log and its snapshots, or give up damaged records")
+    log.add_argument("action", choices=["verify", "truncate"])
+    log.add_argument("--config", type=Path, help="settings file (TOML)")
+    log.add_argument("--from", type=int, dest="first", help="truncate: this record and all after it are removed")
+    log.add_argument("--yes", action="store_true", help="truncate: really do it")
+
     demo = commands.add_parser("demo", help="Triton, server and a simulated platform for a minute")
     demo.add_argument("--seconds", type=float, default=60.0)
     demo.add_argument("--streams", type=int, default=250, help="streams live at once")
@@ -56,8 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
             client.add_argument("stream_id")
 
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
-    bench.add_argument("name", choices=["first", "kernels", "serve"])
-    bench.add_argument("--streams", type=int, nargs="+", help="first, serve: sizes of the table")
+    bench.add_argument("name", choices=["first", "kernels", "recovery", "serve"])
+    bench.add_argument("--streams", type=int, nargs="+", help="first, serve, recovery: sizes of the table")
+    bench.add_argument("--events", type=int, help="recovery: events in the log")
     bench.add_argument("--concurrency", type=int, nargs="+", help="serve: callers at once")
     bench.add_argument("--seconds", type=float, help="serve: length of one turn of one server")
     bench.add_argument("--quick", action="store_true", help="kernels, serve: few runs, small table")
@@ -79,6 +86,10 @@ def _run(options: argparse.Namespace) -> int:
         from server.doctor import run_doctor
 
         return run_doctor(options.config, options.json)
+    if options.command == "log":
+        from server.log.repair import run
+
+        return run(load_settings(options.config), options.action, options.first, options.yes)
     if options.command == "demo":
         from loadtest.demo import run_demo
 
@@ -91,6 +102,10 @@ def _run(options: argparse.Namespace) -> int:
         from loadtest.bench.kernels import run_kernels
 
         return run_kernels(options.quick)
+    if options.command == "bench" and options.name == "recovery":
+        from loadtest.bench.recovery import run_recovery
+
+        return run_recovery((options.streams or [100_000])[0], options.events or 10_000_000)
     if options.command == "bench" and options.name == "serve":
         from loadtest.bench.serve import plan_from, run_serve
 

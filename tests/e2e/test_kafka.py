@@ -33,14 +33,18 @@ def broker() -> Iterator[Broker]:
 
 
 def kafka(broker: Broker, **more: Any) -> dict[str, Any]:
-    about = {"bootstrap_servers": broker.servers, "topic": TOPIC, "time_record_ms": 50, "ack_timeout_ms": 2_000}
+    # Apache Kafka answers a waiting fetch when a record comes; the built-in broker only when its time is over.
+    about = {
+        "bootstrap_servers": broker.servers, "topic": TOPIC, "time_record_ms": 50, "ack_timeout_ms": 2_000,
+        "options": {"fetch.wait.max.ms": "10"},
+    }  # fmt: skip
     return {"kind": "kafka", "kafka": {**about, **more}}
 
 
 def server(folder: Path, broker: Broker, skew_ms: int = 0, **more: Any) -> AbstractContextManager[Client]:
     folder.mkdir(exist_ok=True)
     clock = SkewedClock(skew_ms) if skew_ms else SystemClock()
-    table = {**SMALL, "lease_ms": 2_000, "grace_ms": 500, **more.pop("table", {})}
+    table = {**SMALL, "lease_ms": 2_000, "grace_ms": 500}
     return running_app(folder, clock, model=False, table=table, log=kafka(broker, **more))
 
 
@@ -143,8 +147,7 @@ def test_a_record_nobody_can_decode_goes_to_the_dead_letters_and_the_rest_goes_o
         ack = a.publish(started("s", 0, now_ms()))
         assert not ack.rejected
         assert a.app.metrics.log_dead_letters._value.get() == 2
-        (row,) = a.app.engine.call(lambda: a.app.engine.table.titles[:2]).result(5.0)[:1]
-        assert row == "" and a.app.engine.table.count_states()[0] == 2
+        assert a.admin.Status(admin_pb2.StatusRequest(), timeout=5.0).live == 2
     reader = Consumer({"bootstrap.servers": broker.servers, "group.id": "t"})
     reader.assign([TopicPartition(f"{TOPIC}-dead-letters", 0, 0)])
     letters = reader.consume(2, 10.0)
