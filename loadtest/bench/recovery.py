@@ -24,7 +24,7 @@ from liverank.v1 import admin_pb2, admin_pb2_grpc, ingest_pb2, ingest_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.bench.catalogue import event_batches, make_catalogue
+from loadtest.bench.catalogue import Catalogue, event_batches, make_catalogue, stream_id
 from loadtest.processes import ROOT, Server, start_server, wait_for
 from server.log.base import Record
 from server.log.sqlite import SqliteLog
@@ -32,6 +32,7 @@ from server.log.sqlite import SqliteLog
 EVENTS_PER_BATCH = 1_000
 TAIL_SHARE = 0.01
 """Events published after the last snapshot, as a share of all: what the second start has to replay."""
+SNAPSHOTS = 3
 WITHIN_S = 3_600.0
 
 
@@ -67,23 +68,21 @@ def _measure(folder: Path, streams: int, events: int) -> dict[str, Any]:
     settings["table"]["tombstone_ms"] = 10_800_000
     catalogue = make_catalogue(streams)
     begun_s = time.monotonic()
-    records = _write_log(folder / "events.sqlite3", catalogue, streams, events)
+    _write_log(folder / "events.sqlite3", catalogue, streams, events)
     written_s = time.monotonic() - begun_s
     server, whole_s = _start(folder, settings)
     try:
-        ids = catalogue.stream_ids
-        _publish(server, ids, 1, 1)
-        wait_for(lambda: _metric(server, "liverank_snapshot_offset") > records, 120.0, "the first snapshot")
-        # Snapshots go on while events come in, as in service.
+        ids = [stream_id(i) for i in range(streams)]
         tail = max(1, int(events * TAIL_SHARE) // EVENTS_PER_BATCH)
-        _publish(server, ids, 2, tail)
-        wait_for(lambda: _metric(server, "liverank_snapshot_pause_seconds_count") >= 3, 120.0, "three snapshots")
+        for turn in range(SNAPSHOTS):  # taken while events come in, as in service
+            offset = _publish(server, ids, turn * tail, tail)
+            wait_for(lambda: _metric(server, "liverank_snapshot_offset") >= offset, 120.0, "a snapshot")  # noqa: B023
         pause_s = _metric(server, "liverank_snapshot_pause_seconds_sum")
         count = _metric(server, "liverank_snapshot_pause_seconds_count")
         took_s = _metric(server, "liverank_snapshot_seconds_sum") / count
         worst_ms = _worst_pause_ms(server)
         size_bytes = _metric(server, "liverank_snapshot_bytes")
-        offset = _publish(server, ids, 3 + tail, tail)
+        offset = _publish(server, ids, SNAPSHOTS * tail, tail)
         snapshot_offset = _metric(server, "liverank_snapshot_offset")
     finally:
         server.process.kill()
@@ -113,27 +112,26 @@ def _measure(folder: Path, streams: int, events: int) -> dict[str, Any]:
     }
 
 
-def _write_log(path: Path, catalogue: Any, streams: int, events: int) -> int:
-    """Starts of all streams, then interactions spread over them; returns the number of records."""
+def _write_log(path: Path, catalogue: Catalogue, streams: int, events: int) -> None:
+    """Starts of all streams, then interactions spread over them."""
     now_ms = int(time.time() * 1000)
     log = SqliteLog(path)
-    offset, waiting = 0, []
+    ids = [stream_id(i) for i in range(streams)]
+    waiting: list[Record] = []
 
     def payloads() -> Iterator[bytes]:
         for batch in event_batches(catalogue, now_ms):
             yield batch.SerializeToString()
-        for number in range(max(0, events - streams) // EVENTS_PER_BATCH):
-            yield _interactions(catalogue.stream_ids, "history", number, now_ms).SerializeToString()
+        for number in range(max(0, events - 2 * streams) // EVENTS_PER_BATCH):
+            yield _interactions(ids, "history", number, now_ms).SerializeToString()
 
-    for payload in payloads():
-        offset += 1
+    for offset, payload in enumerate(payloads(), start=1):
         waiting.append(Record(offset, now_ms, payload))
         if len(waiting) == 256:
             log.append(waiting)
             waiting = []
     log.append(waiting)
     log.close()
-    return offset
 
 
 def _interactions(ids: list[str], producer: str, number: int, now_ms: int) -> ingest_pb2.EventBatch:

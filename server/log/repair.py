@@ -77,7 +77,9 @@ class _opened:  # noqa: N801 - used like a function
     """A connection that is closed at the end of the block (sqlite3's own only ends the transaction)."""
 
     def __init__(self, path: Path, mode: str) -> None:
-        self._db = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode={mode}", uri=True, isolation_level=None, timeout=1.0)
+        self._db = sqlite3.connect(
+            f"file:{quote(str(path.resolve()))}?mode={mode}", uri=True, isolation_level=None, timeout=1.0
+        )
 
     def __enter__(self) -> sqlite3.Connection:
         return self._db

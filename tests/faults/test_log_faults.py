@@ -193,7 +193,9 @@ def test_a_flipped_byte_in_the_middle_refuses_to_start_until_the_operator_decide
     assert server.stop() == 0
     assert command("log", "verify", "--config", config)[0] == 0
     flip(folder / "events.sqlite3", b"stream-00002")
-    with pytest.raises(NotStartedError, match=r"record 3 is damaged.*liverank log verify.*liverank log truncate --from"):
+    with pytest.raises(
+        NotStartedError, match=r"record 3 is damaged.*liverank log verify.*liverank log truncate --from"
+    ):
         start(settings)
     code, said = command("log", "verify", "--config", config)
     assert code == 1 and "DAMAGED: record 3 is damaged" in said
@@ -334,7 +336,9 @@ def test_a_start_without_brokers_waits_not_serving_and_can_be_stopped(tmp_path: 
             [sys.executable, "-m", "server", "serve", "--config", str(config)], cwd=ROOT, stdout=out, stderr=out
         )
     try:
-        eventually(lambda: "waiting for the brokers" in log.read_text(), within_s=30.0, what="it says what it waits for")
+        eventually(
+            lambda: "waiting for the brokers" in log.read_text(), within_s=30.0, what="it says what it waits for"
+        )
         process.send_signal(signal.SIGTERM)
         assert process.wait(20.0) == 0
     finally:
