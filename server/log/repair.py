@@ -1,4 +1,4 @@
-"""`liverank log`: what is intact, and giving up what is not. For a server that is stopped (verify: also a running one)."""
+"""`liverank log`: what is intact (also beside a running server), and giving up what is not (of a stopped one)."""
 
 from __future__ import annotations
 

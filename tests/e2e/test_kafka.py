@@ -18,7 +18,7 @@ from server.clock import ManualClock, SystemClock
 from server.config import parse_settings
 from server.errors import ConfigError, LogError
 from tests.app import SMALL, Client, running_app, status_of
-from tests.events import batch, event, started
+from tests.events import T0, batch, event, started
 from tests.kafka_broker import Broker, running_broker
 from tests.triton_server import eventually
 from tests.unit.test_snapshots import everything
@@ -97,10 +97,28 @@ def test_two_writers_with_different_clocks_and_a_follower_have_the_same_table(tm
         a.publish(event("b3", 0, now_ms(), epoch=1, ended={"reason": "over"}))
         last = b.publish(event("a4", 0, now_ms(), epoch=1, ended={}))
         assert follower.rank(min_offset=last.offset, limit=50).applied_offset >= last.offset
+        stamps = [c.app.engine.applied_stamp_ms for c in (a, b, follower)]
+        assert min(stamps) > now_ms(), "the clock that is ahead drives the time of all"
         for other in (b, follower):
             assert_same_at_one_offset(a, other)
         eventually(lambda: follower.app.engine.ends.newest >= 30, what="leases end in a silent log too")
         assert_same_at_one_offset(a, follower)
+
+
+def test_a_tick_expires_nothing_beyond_the_stamps_of_the_log_yet_nothing_is_shown_past_its_lease(
+    tmp_path: Path, broker: Broker
+) -> None:
+    clock = ManualClock(T0)
+    with running_app(tmp_path, clock, model=False, log=kafka(broker, time_record_ms=600_000)) as client:
+        client.publish(started("s", 0, T0))
+        assert client.shown() == ["s"]
+        clock.advance(60_000)
+        client.tick()
+        assert client.admin.Status(admin_pb2.StatusRequest(), timeout=5.0).live == 1, "time is the log's"
+        assert client.shown() == []
+        client.publish(started("t", 0, clock.now_ms()))
+        found = client.admin.Status(admin_pb2.StatusRequest(), timeout=5.0)
+        assert (found.live, found.suspect + found.ended) == (1, 1) and client.shown() == ["t"]
 
 
 def test_an_acknowledged_batch_is_visible_to_the_next_call_and_its_offset_can_be_waited_for(
