@@ -38,5 +38,5 @@ $(SERVING): pyproject.toml $(PROTOS) | $(VENV)/bin/python
 	$(PIP) --editable '.[$(EXTRA)]'
 	@touch $@
 $(TESTING): $(SERVING)
-	$(PIP) --editable '.[$(EXTRA),dev,train,load]'
+	$(PIP) --editable '.[$(EXTRA),dev,train,load,kafka]'
 	@touch $@

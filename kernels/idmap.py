@@ -110,6 +110,18 @@ def _insert(
 
 
 @njit(cache=True, nogil=True)
+def _insert_all(
+    buckets: NDArray[np.int32],
+    table_ids: NDArray[np.uint8],
+    table_lengths: NDArray[np.uint8],
+    rows: int,
+) -> None:
+    for slot in range(rows):
+        if table_lengths[slot] > 0:
+            _insert(buckets, table_ids, table_lengths, slot)
+
+
+@njit(cache=True, nogil=True)
 def _delete(
     buckets: NDArray[np.int32],
     table_ids: NDArray[np.uint8],
@@ -161,6 +173,10 @@ class IdMap:
     def insert(self, slot: int) -> None:
         """Adds ``slot``, whose id already stands in the table's columns and is not in the map."""
         _insert(self._buckets, self._ids, self._lengths, slot)
+
+    def insert_all(self, rows: int) -> None:
+        """Adds every slot below ``rows`` that has an id, to an empty map."""
+        _insert_all(self._buckets, self._ids, self._lengths, rows)
 
     def delete(self, slot: int) -> None:
         """Removes ``slot``; its id must still stand in the table's columns.

@@ -302,7 +302,7 @@ AOT = [
     *(
         Compiled(
             _scan, _SCAN_TYPES, {**_widths(dim), "QUERIES": shape.queries, "ROWS": shape.rows, "TILES": 8},
-            shape.num_warps, shape.num_stages, f"{shape.queries}×{shape.rows}, D={dim}",
+            shape.num_warps, shape.num_stages, label=f"{shape.queries}×{shape.rows}, D={dim}",
         )
         for shape, dim in [*((shape, 64) for shape in SCAN_SHAPES.values()), (SCAN_SHAPES[128], 256)]
     ),

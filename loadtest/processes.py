@@ -87,7 +87,7 @@ def to_toml(settings: dict[str, dict[str, Any]]) -> str:
     lines = []
     for section, values in settings.items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        lines += [f"{key if key.isidentifier() else json.dumps(key)} = {json.dumps(v)}" for key, v in values.items()]
     return "\n".join(lines) + "\n"
 
 

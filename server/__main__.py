@@ -1,4 +1,4 @@
-"""`liverank`: serve · doctor · token · table export · demo · replay · rank · explain · bench."""
+"""`liverank`: serve · doctor · token · log · table export · demo · replay · rank · explain · bench."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from server.clock import SystemClock
 from server.config import load_settings
-from server.errors import LiverankError
+from server.errors import Draining, LiverankError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="check this machine and these settings; exit status 0: can serve")
     doctor.add_argument("--config", type=Path, help="settings file (TOML)")
     doctor.add_argument("--json", action="store_true", help="print one line of JSON last")
+
+    log = commands.add_parser("log", help="check the event log and its snapshots, or give up damaged records")
+    log.add_argument("action", choices=["verify", "truncate"])
+    log.add_argument("--config", type=Path, help="settings file (TOML)")
+    log.add_argument("--from", type=int, dest="first", help="truncate: this record and all after it are removed")
+    log.add_argument("--yes", action="store_true", help="truncate: really do it")
 
     demo = commands.add_parser("demo", help="Triton, server and a simulated platform for a minute")
     demo.add_argument("--seconds", type=float, default=60.0)
@@ -75,8 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--config", type=Path, help="settings file (TOML)")
 
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
-    bench.add_argument("name", choices=["faults", "first", "kernels", "liveness", "serve"])
-    bench.add_argument("--streams", type=int, nargs="+", help="first, serve: sizes of the table")
+    bench.add_argument("name", choices=["faults", "first", "kernels", "liveness", "recovery", "serve"])
+    bench.add_argument("--streams", type=int, nargs="+", help="first, serve, recovery: sizes of the table")
+    bench.add_argument("--events", type=int, help="recovery: events in the log")
     bench.add_argument("--concurrency", type=int, nargs="+", help="serve: callers at once")
     bench.add_argument("--seconds", type=float, help="serve: of one turn; liveness: of the run; faults: of the soak")
     bench.add_argument("--quick", action="store_true", help="kernels, serve: few runs, small table; faults: short soak")
@@ -109,6 +116,10 @@ def _run(options: argparse.Namespace) -> int:
         from server.export import run_export
 
         return run_export(options.out, options.config)
+    if options.command == "log":
+        from server.log.repair import run
+
+        return run(load_settings(options.config), options.action, options.first, options.yes)
     if options.command == "demo":
         from loadtest.demo import run_demo
 
@@ -121,6 +132,10 @@ def _run(options: argparse.Namespace) -> int:
         from loadtest.bench.kernels import run_kernels
 
         return run_kernels(options.quick)
+    if options.command == "bench" and options.name == "recovery":
+        from loadtest.bench.recovery import run_recovery
+
+        return run_recovery((options.streams or [100_000])[0], options.events or 10_000_000)
     if options.command == "bench" and options.name == "serve":
         from loadtest.bench.serve import plan_from, run_serve
 
@@ -157,18 +172,39 @@ def _serve(config: Path | None, ready_file: Path | None) -> int:
     from server.app import App
 
     faults = threading.Event()
+    failed: list[LiverankError] = []
 
     def give_up() -> None:
         faults.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def start() -> None:
+        try:
+            app.start()
+        except LiverankError as error:
+            failed.append(error)
+            give_up()
+            return
+        except BaseException:
+            give_up()
+            raise
+        if ready_file is not None:
+            beside = ready_file.with_suffix(".tmp")
+            beside.write_text(json.dumps({"port": app.port, "metrics_port": app.metrics_port}))
+            beside.rename(ready_file)  # a reader sees all of it or nothing
+
     app = App(load_settings(config), SystemClock(), give_up)
-    app.start()
-    if ready_file is not None:
-        beside = ready_file.with_suffix(".tmp")
-        beside.write_text(json.dumps({"port": app.port, "metrics_port": app.metrics_port}))
-        beside.rename(ready_file)  # a reader sees all of it or nothing
+    starting = threading.Thread(target=start, name="start")  # a recovery may be long, and can be stopped
+    starting.start()
     signal.sigwait(stops)
+    if not failed:
+        app.stop_starting()
+        starting.join()
+        if failed and isinstance(failed[0], Draining):
+            return 0  # told to stop before it served
+    if failed:
+        starting.join()
+        raise failed[0]
     clean = app.drain()
     return 0 if clean and not faults.is_set() else 1
 

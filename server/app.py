@@ -16,12 +16,13 @@ from kernels.backend import Backend, DeviceError, choose
 from server.clock import Clock
 from server.config import Settings
 from server.engine import Engine
-from server.errors import ConfigError
+from server.errors import ConfigError, Draining
 from server.live.ends import EndFeed
 from server.live.features import FeatureSet
-from server.log.commit import GroupCommit
-from server.log.sqlite import SqliteLog
+from server.log.snapshot import SnapshotFolder
+from server.logs import open_log
 from server.recorder import Recorder
+from server.recovery import recover
 from server.retrieval.registry import make_search
 from server.rpc.admin import AdminService
 from server.rpc.auth import Gatekeeper
@@ -37,6 +38,7 @@ from server.rules.rulebook import RuleBook
 from server.scoring.base import Scorer
 from server.scoring.refresh import Refresher
 from server.security.gate import Gate
+from server.snapshots import Snapshots
 from server.telemetry.metrics import Metrics
 from server.warmup import warm_up
 from server.world import build_world
@@ -84,10 +86,10 @@ def open_device(settings: Settings) -> Backend:
 class App:
     """One server. ``start`` returns when it is warm and SERVING; ``drain`` ends it in order.
 
-    port, metrics_port: the bound ports, known after ``start``.
+    port, metrics_port: the bound ports, known from early in ``start`` on.
 
     Raises:
-        ConfigError: a file is wrong, or a port cannot be bound. LogError: the log cannot be read.
+        ConfigError: a file is wrong. LogError: the log cannot be opened.
     """
 
     def __init__(self, settings: Settings, clock: Clock, on_fault: Callable[[], None]) -> None:
@@ -107,10 +109,12 @@ class App:
             settings, clock, world.table, features, world.streams, world.pipeline,
             EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, on_fault,
         )  # fmt: skip
-        self._log = SqliteLog(settings.log.path)
-        replayed = self.engine.recover(self._log)
-        logger.info("recovered %d batches; offset %d", replayed, self.engine.applied_offset)
-        self._commit = GroupCommit(self._log, clock, settings.log.group_commit_rows, self.engine.committed, on_fault)
+        self._log = open_log(settings, clock, self.engine, self.metrics, on_fault)
+        self._commit = self._log.commit
+        self._folder = SnapshotFolder(settings.snapshot_folder)
+        self.snapshots = Snapshots(
+            self.engine, self._folder, settings, self._log.history.name, self._log.trimmer, self.metrics
+        )
         self._scorer = open_scorer(settings, features, self.metrics.model_transport_fallbacks.inc)
         self.recorder.watch_transport(lambda: self._scorer.transport)
         self._refresher = Refresher(
@@ -139,12 +143,14 @@ class App:
         )
         self._register()
         self._drained = threading.Lock()
+        self._stopping = threading.Event()
+        self._stop_metrics: Callable[[], None] = lambda: None
         self.port = 0
         self.metrics_port = 0
 
     def _register(self) -> None:
         engine, recorder = self.engine, self.recorder
-        control = Control(engine, self._commit)
+        control = Control(engine, self._commit, self._log.control_producer)
         ingest = IngestService(engine, self._commit, recorder, self._slots)
         self._grpc.add_generic_rpc_handlers((ranking_handler(RankingService(engine, recorder)), ingest_handler(ingest)))
         liveness_pb2_grpc.add_LivenessServicer_to_server(
@@ -157,7 +163,19 @@ class App:
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def start(self) -> None:
-        """Binds, answers health with NOT_SERVING, warms up, then turns to SERVING."""
+        """Binds, answers health with NOT_SERVING, recovers, warms up, then turns to SERVING.
+
+        Raises:
+            ConfigError: a port cannot be bound, or the table cannot hold the snapshot. LogError: the log is damaged
+            or incomplete. Draining: drained meanwhile. Nothing runs any more then.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.drain()
+            raise
+
+    def _start(self) -> None:
         serve = self.settings.serve
         self.port = bind(self._grpc, f"{serve.host}:{serve.port}", self.settings.security, self.gate)
         metrics_host = self.settings.metrics_host
@@ -168,18 +186,26 @@ class App:
                 f"serve.metrics_port: {metrics_host}:{serve.metrics_port} cannot be bound: {error}"
             ) from error
         self.gate.start()
-        self._commit.start()
-        self.engine.start(self._commit, self._refresher)
-        # After a tick: leases that ran out while we were down are ends that a watcher may already have heard.
-        self.engine.call(lambda: None).result()
         self._grpc.start()
+        self._log.connect(self._stopping)
+        recovered = recover(self.engine, self._log.history, self._folder, self.metrics, self._stopping)
+        self._log.start(recovered.offset, recovered.stamp_ms)
+        self.engine.start(self._commit, self._refresher)
         warm_up(self.engine, self._backend)
+        self._log.catch_up(self._stopping)
+        self.snapshots.start(recovered.snapshot_offset)
+        if self._stopping.is_set():
+            raise Draining("stopped while starting")
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         security = self.settings.security
         tls = "mutual TLS" if security.client_ca_file else "TLS" if security.cert_file else "no TLS"
         who = "callers by access file" if security.access_file else "anybody may call"
         logger.info("serving on %s:%d (%s, %s)", serve.host, self.port, tls, who)
         logger.info("metrics on %s:%d", metrics_host, self.metrics_port)
+
+    def stop_starting(self) -> None:
+        """Makes a `start` in another thread raise Draining soon; a started server is not affected."""
+        self._stopping.set()
 
     def drain(self) -> bool:
         """Readiness off, in-flight calls finish within the grace period, then everything stops, in order.
@@ -188,11 +214,13 @@ class App:
         """
         if not self._drained.acquire(blocking=False):
             return True
+        self._stopping.set()
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._slots.close()
         self.engine.ends.close()
         stopped = self._grpc.stop(grace=self.settings.serve.drain_grace_ms / 1000)
         clean = stopped.wait(self.settings.serve.drain_grace_ms / 1000 + 1.0)
+        self.snapshots.stop()
         self._commit.stop()
         self.engine.stop()
         clean &= self._refresher.close()

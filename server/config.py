@@ -67,9 +67,39 @@ class TableSettings(_Section):
         return self
 
 
+class KafkaSettings(_Section):
+    bootstrap_servers: str = Field("", description="host:port,host:port; needed for log.kind = kafka")
+    topic: str = Field("liverank-events", min_length=1, description="of exactly one partition: its order is the log's")
+    dead_letter_topic: str = Field("", description="for records that nobody can decode; empty: <topic>-dead-letters")
+    publish: bool = Field(True, description="false: a follower, which refuses Publish and writes nothing")
+    time_record_ms: Milliseconds = Field(500, description="a silent log gets an empty record, so that time goes on")
+    ack_timeout_ms: Milliseconds = Field(5_000, description="Publish fails if the brokers do not answer for so long")
+    options: dict[str, str] = Field(default={}, description="further librdkafka properties, such as security.protocol")
+
+
 class LogSettings(_Section):
-    path: Path = Field(Path("liverank-data/events.sqlite3"), description="SQLite file")
+    kind: Literal["sqlite", "kafka"] = "sqlite"
+    path: Path = Field(
+        Path("liverank-data/events.sqlite3"), description="SQLite file; for kafka, only its name's place for snapshots"
+    )
     group_commit_rows: int = Field(1024, ge=1, description="batches written per commit at most")
+    retain_records: int = Field(0, ge=0, description="records kept beyond those that kept snapshots need (sqlite)")
+    accept_lost_history: bool = Field(
+        False, description="start although records before the oldest are gone and no snapshot covers them"
+    )
+    kafka: KafkaSettings = KafkaSettings()
+
+    @model_validator(mode="after")
+    def _kafka_is_named(self) -> LogSettings:
+        if self.kind == "kafka" and not self.kafka.bootstrap_servers:
+            raise ValueError("kafka.bootstrap_servers: host:port wanted for kind = 'kafka', got none")
+        return self
+
+
+class SnapshotSettings(_Section):
+    path: Path | None = Field(None, description="folder; default: beside log.path, with suffix .snapshots")
+    every_ms: Milliseconds = Field(60_000, description="time between snapshots, if anything was applied")
+    keep: int = Field(3, ge=1, description="newest snapshots kept; the log is kept back to the oldest of them")
 
 
 class ScoringSettings(_Section):
@@ -166,6 +196,7 @@ class Settings(BaseSettings):
     serve: ServeSettings = ServeSettings()
     table: TableSettings = TableSettings()
     log: LogSettings = LogSettings()
+    snapshot: SnapshotSettings = SnapshotSettings()
     scoring: ScoringSettings = ScoringSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     rank: RankSettings = RankSettings()
@@ -191,6 +222,11 @@ class Settings(BaseSettings):
                 "listen on 127.0.0.1, or, where a proxy in front does this work, set security.allow_insecure_public"
             )
         return self
+
+    @property
+    def snapshot_folder(self) -> Path:
+        """Where snapshots are."""
+        return self.snapshot.path or self.log.path.with_suffix(".snapshots")
 
     @classmethod
     def settings_customise_sources(

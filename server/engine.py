@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,12 +25,12 @@ from server.clock import Clock
 from server.config import Settings
 from server.errors import Draining, LiverankError, OffsetNotReached, Overloaded
 from server.live.ends import EndFeed
-from server.live.events import decode_batch
+from server.live.events import DecodedBatch
 from server.live.features import FeatureSet
 from server.live.impressions import EndTimes
-from server.live.table import End, LiveTable
-from server.log.base import EventLog
-from server.log.commit import Committed, GroupCommit
+from server.live.table import Applied, End, LiveTable
+from server.log.base import Record
+from server.log.commit import CommitPath, Committed, Submission
 from server.ranking.pipeline import Pipeline
 from server.ranking.slates import ReplyState, SlateBatch
 from server.recorder import Recorder
@@ -86,14 +87,18 @@ class Engine:
         self.settings, self.clock, self.table = settings, clock, table
         self.features, self.streams, self.pipeline, self.ends = features, streams, pipeline, ends
         self._recorder, self._encode, self._on_fault = recorder, encode, on_fault
-        self.applied_offset = 0
+        self.applied_offset = self.applied_stamp_ms = 0
+        self._applied_payload: bytes | None = None
+        self._restored_crc = 0
+        self.table_ms = 0
+        """Up to which leases were expired."""
         self._end_times = EndTimes(settings.serve.watch_buffer)
         self.scores = RefreshResult(
             np.zeros(0, np.int32), np.zeros(0, np.uint32), None, None, Level.FORMULA,
             ("no scores yet",), "", clock.now_ms(), 0,
         )  # fmt: skip
         self.first_scores = threading.Event()
-        self._commit: GroupCommit | None = None
+        self._commit: CommitPath | None = None
         self._refresher: Refresher | None = None
         self._wake = threading.Condition()
         self._committed: deque[list[Committed]] = deque()
@@ -108,16 +113,24 @@ class Engine:
         self._next_refresh_ms = 0
         self._sweep = Sweep.begin(table, features)
         self._batch_s = 0.0
-        self._stopping = False
+        self._started = self._stopping = False
         self._failed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- from other threads -------------------------------------------------------------------
 
-    def start(self, commit: GroupCommit, refresher: Refresher) -> None:
+    def start(self, commit: CommitPath, refresher: Refresher) -> None:
         """Starts the loop; the log has been recovered before."""
         self._commit, self._refresher = commit, refresher
+        with self._wake:
+            self._started = True
         self._thread.start()
+
+    def _check_open(self) -> None:
+        if self._stopping:
+            raise Draining("the server is draining")
+        if not self._started:
+            raise Draining("the server is starting: it recovers its table from the log")
 
     def committed(self, group: list[Committed]) -> None:
         """Takes batches that became durable, in log order."""
@@ -126,8 +139,8 @@ class Engine:
                 self._committed.append(group)
                 self._wake.notify()
                 return
-        for committed in group:
-            committed.submission.done.set_exception(Draining("the engine failed; the server is going away"))
+        for done in _waiting_for([group]):
+            done.set_exception(Draining("the engine failed; the server is going away"))
 
     def scored(self, result: RefreshResult) -> None:
         """Takes the result of a score refresh."""
@@ -142,13 +155,12 @@ class Engine:
         events and ticks. All or nothing is queued.
 
         Raises:
-            Overloaded: too many viewers wait already. Draining: the engine stops.
+            Overloaded: too many viewers wait already. Draining: the engine has not started, or stops.
         """
         step = self.settings.serve.max_batch_rows
         parts = [_Waiting(queries[i : i + step], Future()) for i in range(0, len(queries), step)]
         with self._wake:
-            if self._stopping:
-                raise Draining("the server is draining")
+            self._check_open()
             if self._rank_rows + len(queries) > max(self.settings.serve.max_queue_rows, len(queries)):
                 raise Overloaded(f"{self._rank_rows} viewers are already waiting")
             self._rank_rows += len(queries)
@@ -160,8 +172,7 @@ class Engine:
         """Runs ``function`` on the engine thread, between batches."""
         done: Future[T] = Future()
         with self._wake:
-            if self._stopping:
-                raise Draining("the server is draining")
+            self._check_open()
             self._calls.append((function, done))  # type: ignore[arg-type]
             self._wake.notify()
         return done
@@ -176,25 +187,35 @@ class Engine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+        if self._started:
+            self._thread.join()
 
     # --- before the loop ----------------------------------------------------------------------
 
-    def recover(self, log: EventLog) -> int:
-        """Applies every record of the log as it was then; returns how many. Raises LogError on damage."""
-        n = 0
-        for record in log.read(0):
-            batch = decode_batch(record.payload, self.settings.table)
-            applied = self.table.apply(batch.events, record.applied_ms)
-            self.ends.publish(applied.ends)
+    def restored(self, offset: int, stamp_ms: int, table_ms: int, record_crc: int) -> None:
+        """The table and the ends were taken from a snapshot as of record ``offset``."""
+        self.applied_offset, self.applied_stamp_ms, self.table_ms = offset, stamp_ms, table_ms
+        self._restored_crc = record_crc
+
+    def applied_crc(self) -> int:
+        """CRC-32 of the newest applied record, so that a snapshot can tell which log it is of."""
+        return self._restored_crc if self._applied_payload is None else zlib.crc32(self._applied_payload)
+
+    def replay(self, committed: Committed) -> None:
+        """Applies a record of the log, before the loop."""
+        if committed.batch is None:
+            self._skip_record(committed.record)
+        else:
+            ends = self._apply_record(committed.record, committed.batch).ends
+            self.ends.publish(ends)
             # What was served before we went down is not known here to have come after an end.
-            self._end_times.remember(applied.ends, record.applied_ms, self.clock.now_ms())
-            self.applied_offset = record.offset
-            n += 1
+            self._end_times.remember(ends, committed.record.applied_ms, self.clock.now_ms())
+
+    def recovered(self) -> None:
+        """Everything was replayed: what is derived from the rows must be computed again."""
         rows = np.arange(self.table.rows, dtype=np.int32)
         self.streams.forget_changed_sessions(rows)
         self._touched.append(rows)
-        return n
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -211,7 +232,7 @@ class Engine:
             self._stopping = self._failed = True
             futures = self._in_hand + [w.done for w in (*self._rank, *self._parked)]
             futures += [done for _, done in self._calls]
-            futures += [c.submission.done for group in self._committed for c in group]
+            futures += _waiting_for(self._committed)
         for future in futures:
             if not future.done():
                 future.set_exception(error)
@@ -224,7 +245,7 @@ class Engine:
                 results, self._results = list(self._results), deque()
                 calls, self._calls = list(self._calls), deque()
                 waiting = self._take_rank_batch()
-                self._in_hand = [c.submission.done for group in groups for c in group]
+                self._in_hand = _waiting_for(groups)
                 self._in_hand += [done for _, done in calls] + [w.done for w in waiting]
                 finished = self._stopping and not (groups or results or calls or waiting or self._parked)
             if finished:
@@ -268,27 +289,42 @@ class Engine:
     def _apply(self, group: list[Committed]) -> None:
         """Applies a durable group and acknowledges it. A batch is acknowledged only after it was applied."""
         assert self._commit is not None
-        outcomes: list[tuple[Committed, PublishResult]] = []
+        outcomes: list[tuple[Submission, PublishResult]] = []
         for committed in group:
-            events = committed.submission.batch.events
-            applied = self.table.apply(events, committed.record.applied_ms)
-            self.applied_offset = committed.record.offset
+            record, batch = committed.record, committed.batch
+            if batch is None:
+                self._skip_record(record)
+                continue
+            events = batch.events
+            applied = self._apply_record(record, batch)
             self.streams.forget_changed_sessions(applied.touched)
             moderated = np.flatnonzero((events.kind == fence.MODERATED) & (applied.codes == 0))
             if len(moderated):
                 slots = self.table.map.lookup(events.ids[moderated], events.id_lengths[moderated])
-                self.streams.apply_moderation(slots, committed.record.applied_ms)
+                self.streams.apply_moderation(slots, record.applied_ms)
             self._touched.append(applied.touched)
             self._publish_ends(applied.ends)
             self._recorder.applied(events, applied)
             if seen := [row for row in events.impressions if applied.codes[row] == fence.APPLIED]:
                 self._recorder.impressions(self._end_times.causes(events, seen))
-            outcomes.append((committed, PublishResult(committed.record.offset, applied.codes)))
+            if committed.submission is not None:
+                outcomes.append((committed.submission, PublishResult(record.offset, applied.codes)))
         self._commit.applied(1)
         now_ms = self.clock.now_ms()
-        for committed, result in outcomes:
-            self._recorder.acknowledged(committed, result.codes, now_ms)
-            committed.submission.done.set_result(result)
+        for submission, result in outcomes:
+            self._recorder.acknowledged(submission, result.codes, now_ms)
+            submission.done.set_result(result)
+
+    def _apply_record(self, record: Record, batch: DecodedBatch) -> Applied:
+        applied = self.table.apply(batch.events, record.applied_ms)
+        self.applied_offset, self.applied_stamp_ms = record.offset, record.applied_ms
+        self._applied_payload = record.payload
+        self.table_ms = max(self.table_ms, record.applied_ms)
+        return applied
+
+    def _skip_record(self, record: Record) -> None:
+        """Nobody can decode it: it counts as applied, and its stamp as nothing."""
+        self.applied_offset, self._applied_payload = record.offset, record.payload
 
     def _publish_ends(self, ends: list[End]) -> None:
         if ends:
@@ -303,9 +339,12 @@ class Engine:
         """Expires leases, refreshes rules of changed rows, sweeps on, takes a snapshot."""
         assert self._commit is not None
         started = time.perf_counter()
-        now_ms = self._commit.settled_ms()
-        expired = self.table.expire(now_ms)
+        settled_ms = self._commit.settled_ms()
+        expired = self.table.expire(settled_ms)
+        self.table_ms = max(self.table_ms, settled_ms)
         self._publish_ends(expired.ends)
+        # Leases wait for the log; features, rules and views do not: they are no part of its state.
+        now_ms = max(settled_ms, self.clock.now_ms())
         if self._touched:
             self.streams.assess(np.unique(np.concatenate(self._touched)), now_ms)
             self._touched.clear()
@@ -439,6 +478,10 @@ class Engine:
             )
         version = scores.model_version or "formula"
         return ReplyState(self.applied_offset, version, scores.level, scores.reasons, age_ms)
+
+
+def _waiting_for(groups: Iterable[list[Committed]]) -> list[Future[Any]]:
+    return [c.submission.done for group in groups for c in group if c.submission is not None]
 
 
 def _resolve(done: Future[object], function: Callable[[], object]) -> None:

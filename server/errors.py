@@ -14,6 +14,8 @@ LiverankError
 ├── ReaderTooSlow          a subscriber fell behind its bounded buffer → ABORTED
 ├── Draining               starting, draining or stopped               → UNAVAILABLE
 ├── LogError               the durable log cannot be read or written   → UNAVAILABLE
+│   └── LogFull            no space left to write to it                → RESOURCE_EXHAUSTED
+├── SnapshotError          a snapshot cannot be written or used (never reaches a caller: an older one is used)
 └── ScoringError           the model gave no usable scores (never reaches a caller: the ladder degrades)
     ├── ScorerUnavailable  not reachable, or its process is broken
     ├── SharedMemoryRefused  tensors cannot go through shared memory, and may go no other way
@@ -96,6 +98,14 @@ class Draining(LiverankError):
 
 class LogError(LiverankError):
     """The durable log cannot be read or written."""
+
+
+class LogFull(LogError):
+    """There is no space left to write to the log; nothing was written."""
+
+
+class SnapshotError(LiverankError):
+    """A snapshot cannot be written, or is not what was written."""
 
 
 class ScoringError(LiverankError):

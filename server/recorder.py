@@ -18,7 +18,7 @@ from server.live.events import KIND_NAMES, EventColumns, Rejection
 from server.live.features import FeatureSet, State
 from server.live.impressions import Cause
 from server.live.table import Applied, End, Expired, LiveTable
-from server.log.commit import Committed
+from server.log.commit import Submission
 from server.ranking.slates import SlateBatch, Tally
 from server.retrieval.sources import SOURCES
 from server.retrieval.streams import StreamState
@@ -78,11 +78,11 @@ class Recorder:
         self.events_rejected += count
         self.metrics.events_rejected.labels(ingest_pb2.RejectCode.Name(code)).inc(count)
 
-    def acknowledged(self, committed: Committed, codes: NDArray[np.uint8], now_ms: int) -> None:
+    def acknowledged(self, submission: Submission, codes: NDArray[np.uint8], now_ms: int) -> None:
         """A batch is durable and applied."""
-        seconds = max(0, now_ms - committed.submission.received_ms) / 1000
+        seconds = max(0, now_ms - submission.received_ms) / 1000
         self.metrics.apply_seconds.observe(seconds)
-        kinds = committed.submission.batch.events.kind
+        kinds = submission.batch.events.kind
         for _ in range(int(np.count_nonzero((kinds == fence.END) & (codes == fence.APPLIED)))):
             self.metrics.end_to_gone_seconds.observe(seconds)
 

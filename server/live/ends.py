@@ -37,6 +37,17 @@ class EndFeed:
                 self._newest += 1
             self._changed.notify_all()
 
+    def export(self) -> tuple[int, list[End]]:
+        """The newest number, and the ends still remembered, oldest first."""
+        with self._changed:
+            return self._newest, list(self._ends)
+
+    def restore(self, newest: int, ends: Iterable[End]) -> None:
+        """Takes over what `export` gave; before anybody reads."""
+        with self._changed:
+            self._newest = newest
+            self._ends.extend(ends)
+
     def start_after(self, after: int) -> int:
         """Where a subscriber begins: ``after`` itself, or now when it is 0.
 

@@ -208,6 +208,8 @@ class LiveTable:
 
     def _release(self, slot: int) -> None:
         self.map.delete(slot)
+        for column, interner in self.interned():
+            interner.drop(int(column[slot]))
         self.columns.clear_row(slot)
         at = np.array([slot], np.int32)
         self.accumulators.clear_sessions(at)
@@ -245,10 +247,10 @@ class LiveTable:
 
     def _write_started(self, slot: int, started: StartedRow) -> None:
         columns = self.columns
-        columns.creator[slot] = self.creators.intern(started.creator_id)
-        columns.language[slot] = self.languages.intern(started.language)
-        columns.category[slot] = self.categories.intern(started.category)
-        columns.region[slot] = self.regions.intern(started.region)
+        columns.creator[slot] = self.creators.replace(int(columns.creator[slot]), started.creator_id)
+        columns.language[slot] = self.languages.replace(int(columns.language[slot]), started.language)
+        columns.category[slot] = self.categories.replace(int(columns.category[slot]), started.category)
+        columns.region[slot] = self.regions.replace(int(columns.region[slot]), started.region)
         columns.age_rating[slot] = started.age_rating
         self._write_embedding(slot, self._no_embedding if started.embedding is None else unit(started.embedding))
         self.titles[slot] = started.title
@@ -325,6 +327,14 @@ class LiveTable:
             self.landmark_ms = moved
 
     # --- reading ------------------------------------------------------------------------------
+
+    def interned(self) -> tuple[tuple[NDArray[np.int32], Interner], ...]:
+        """Each column of interned strings with its names."""
+        c = self.columns
+        return (
+            (c.creator, self.creators), (c.language, self.languages),
+            (c.category, self.categories), (c.region, self.regions),
+        )  # fmt: skip
 
     def stream_id(self, slot: int) -> str:
         """The id of a used row."""

@@ -11,8 +11,8 @@ from typing import Protocol
 class Record:
     """One batch as it was accepted.
 
-    offset: from 1, without gaps. applied_ms: the stamp as of which the table applies it; never
-    decreases along the log. payload: the serialised EventBatch, byte for byte as received.
+    offset: from 1, rising. applied_ms: the stamp as of which the table applies it; never decreases along the log.
+    payload: the serialised EventBatch, byte for byte as received.
     """
 
     offset: int
@@ -21,7 +21,12 @@ class Record:
 
 
 class EventLog(Protocol):
-    """Used by one writer thread; `read` before writing begins."""
+    """Used by one writer thread; `read` before writing begins. Offsets have no gaps."""
+
+    @property
+    def first_offset(self) -> int:
+        """Offset of the oldest record there is; of the next one in an empty log."""
+        ...
 
     @property
     def last(self) -> Record | None:
@@ -32,12 +37,16 @@ class EventLog(Protocol):
         """Writes all or none; durable when it returns.
 
         Raises:
-            LogError: nothing of it was written.
+            LogFull: no space left. LogError: any other reason. Nothing of it was written.
         """
         ...
 
     def read(self, after_offset: int) -> Iterator[Record]:
         """Records with a larger offset, in order. Raises LogError on a gap or damage."""
+        ...
+
+    def continue_after(self, offset: int, stamp_ms: int) -> None:
+        """The next record appended will be ``offset`` + 1, although the log ends before: a snapshot covers the rest."""
         ...
 
     def close(self) -> None:

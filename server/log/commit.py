@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from server.clock import Clock
 from server.errors import Draining, LogError, Overloaded
@@ -36,10 +37,36 @@ class Submission:
 
 @dataclass(frozen=True)
 class Committed:
-    """A submission that is durable under this record."""
+    """A durable record. batch: what to apply; None when nobody can decode it (only its offset counts).
+    submission: who waits for it; None when it was read from the log."""
 
     record: Record
-    submission: Submission
+    batch: DecodedBatch | None
+    submission: Submission | None = None
+
+
+class CommitPath(Protocol):
+    """Makes submissions durable and hands them to the engine in the order of the log."""
+
+    def start(self, offset: int, stamp_ms: int) -> None:
+        """Begins after the recovered record ``offset``; no stamp will be below ``stamp_ms``."""
+        ...
+
+    def submit(self, submission: Submission) -> None:
+        """Queues a batch. Raises Draining, Overloaded, Refused."""
+        ...
+
+    def settled_ms(self) -> int:
+        """The latest time to which the table may be advanced now; never decreases."""
+        ...
+
+    def applied(self, groups: int) -> None:
+        """The engine has applied this many groups more."""
+        ...
+
+    def stop(self) -> None:
+        """Finishes what is under way, then ends."""
+        ...
 
 
 class GroupCommit:
@@ -48,6 +75,7 @@ class GroupCommit:
     Args:
         committed: called from the writer thread with what became durable, in log order.
         on_fault: called once, from the writer thread, if it must give up on a fault of our own.
+        on_refused: called from the writer thread when a group could not be written.
     """
 
     def __init__(
@@ -57,32 +85,36 @@ class GroupCommit:
         group_rows: int,
         committed: Callable[[list[Committed]], None],
         on_fault: Callable[[], None] = lambda: None,
+        on_refused: Callable[[LogError], None] = lambda error: None,
     ) -> None:
         self._log, self._clock, self._group_rows, self._committed = log, clock, group_rows, committed
         self._wake = threading.Condition()
         self._waiting: deque[Submission] = deque()
         self._unapplied: deque[int] = deque()  # stamps of groups written or being written, not yet applied
-        last = log.last
-        self._offset = last.offset if last else 0
-        self._stamp_ms = last.applied_ms if last else 0
-        clock.not_before(self._stamp_ms)  # else leases would stand still until the clock gets there
+        self._offset = self._stamp_ms = 0
         self._group: list[Submission] = []  # being written
-        self._on_fault = on_fault
-        self._stopping = False
+        self._on_fault, self._on_refused = on_fault, on_refused
+        self._started = self._stopping = False
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
 
-    def start(self) -> None:
+    def start(self, offset: int, stamp_ms: int) -> None:
+        """Begins to write after record ``offset``; no stamp will be below ``stamp_ms``."""
+        with self._wake:
+            self._offset, self._stamp_ms, self._started = offset, stamp_ms, True
+        self._clock.not_before(stamp_ms)  # else leases would stand still until the clock gets there
         self._thread.start()
 
     def submit(self, submission: Submission) -> None:
         """Queues a batch.
 
         Raises:
-            Draining: the writer was stopped. Overloaded: too many batches are waiting.
+            Draining: the writer was not started yet, or stopped. Overloaded: too many batches are waiting.
         """
         with self._wake:
             if self._stopping:
                 raise Draining("the log is closed for writing")
+            if not self._started:
+                raise Draining("the server is starting: it recovers its table from the log")
             if len(self._waiting) >= MAX_WAITING:
                 raise Overloaded(f"{MAX_WAITING} batches are already waiting for the log")
             self._waiting.append(submission)
@@ -108,7 +140,8 @@ class GroupCommit:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+        if self._started:
+            self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -140,10 +173,11 @@ class GroupCommit:
                 self._log.append(records)
             except LogError as error:
                 logger.error("refusing %d batches: %s", len(group), error)
+                self._on_refused(error)
                 with self._wake:
                     self._unapplied.pop()
                 for submission in group:
                     submission.done.set_exception(error)
                 continue
             self._offset += len(records)
-            self._committed([Committed(r, s) for r, s in zip(records, group, strict=True)])
+            self._committed([Committed(r, s.batch, s) for r, s in zip(records, group, strict=True)])

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from server.errors import LogError
+from server.errors import LogError, LogFull
 from server.log.base import Record
+
+logger = logging.getLogger(__name__)
+
+REPAIR = (
+    "Nothing was changed. `liverank log verify` shows what is intact; `liverank log truncate --from N` gives up "
+    "record N and everything after it (a copy is kept); or restore the file from a backup"
+)
 
 
 class SqliteLog:
     """`EventLog` in one file. ``synchronous=FULL`` makes a commit return after fsync of the WAL.
 
+    A last record that is not what was written is removed, loudly: a torn write was never acknowledged. Any other
+    damage is left alone.
+
     Raises:
-        LogError: the file cannot be opened, or is no liverank log.
+        LogError: the file cannot be opened, is no liverank log, or its last two records are damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
+        self.truncated: int | None = None
+        """Offset of the damaged last record that was removed."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # for a new file; changes nothing in an old one
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute(
@@ -30,10 +44,34 @@ class SqliteLog:
                 "  record INTEGER PRIMARY KEY, applied_ms INTEGER NOT NULL,"
                 "  checksum INTEGER NOT NULL, payload BLOB NOT NULL)"
             )
-            row = self._db.execute("SELECT record, applied_ms FROM log ORDER BY record DESC LIMIT 1").fetchone()
+            self._last = self._intact_last()
+            first = self._db.execute("SELECT MIN(record) FROM log").fetchone()[0]
         except (sqlite3.Error, OSError) as error:
-            raise LogError(f"{path}: cannot open the event log: {error}") from error
-        self._last = Record(row[0], row[1], b"") if row else None
+            raise _error(path, "cannot open the event log", error) from error
+        self._first: int | None = first
+
+    def _intact_last(self) -> Record | None:
+        rows = self._db.execute(
+            "SELECT record, applied_ms, checksum, payload FROM log ORDER BY record DESC LIMIT 2"
+        ).fetchall()
+        intact = [zlib.crc32(payload) == checksum for _, _, checksum, payload in rows]
+        if rows and not intact[0]:
+            # Were more than the last one removed, restarts would eat the log record by record.
+            if not intact[-1] or len(rows) == 1:
+                raise LogError(f"{self.path}: record {rows[-1][0]} is damaged (checksum differs). {REPAIR}")
+            self.truncated = rows[0][0]
+            logger.error(
+                "%s: record %d, the last one, is damaged (checksum differs) and was REMOVED; "
+                "if it was acknowledged, its events must be published again",
+                self.path, self.truncated,
+            )  # fmt: skip
+            self._db.execute("DELETE FROM log WHERE record = ?", (self.truncated,))
+            del rows[0]
+        return Record(rows[0][0], rows[0][1], b"") if rows else None
+
+    @property
+    def first_offset(self) -> int:
+        return self._first if self._first is not None else 1
 
     @property
     def last(self) -> Record | None:
@@ -43,7 +81,7 @@ class SqliteLog:
         expected = (self._last.offset if self._last else 0) + 1
         for place, record in enumerate(records):
             if record.offset != expected + place:
-                raise LogError(f"{self._path}: offset {expected + place} expected, got {record.offset}")
+                raise LogError(f"{self.path}: offset {expected + place} expected, got {record.offset}")
         try:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany(
@@ -54,7 +92,7 @@ class SqliteLog:
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            raise LogError(f"{self._path}: cannot write: {error}") from error
+            raise _error(self.path, "cannot write", error) from error
         if records:
             self._last = Record(records[-1].offset, records[-1].applied_ms, b"")
 
@@ -67,13 +105,29 @@ class SqliteLog:
             )
             for offset, applied_ms, checksum, payload in rows:
                 if offset != expected:
-                    raise LogError(f"{self._path}: record {expected} is missing (found {offset})")
+                    raise LogError(f"{self.path}: record {expected} is missing (found {offset}). {REPAIR}")
                 if zlib.crc32(payload) != checksum:
-                    raise LogError(f"{self._path}: record {offset} is damaged (checksum differs)")
+                    raise LogError(f"{self.path}: record {offset} is damaged (checksum differs). {REPAIR}")
                 expected += 1
                 yield Record(offset, applied_ms, payload)
         except sqlite3.Error as error:
-            raise LogError(f"{self._path}: cannot read: {error}") from error
+            raise _error(self.path, "cannot read", error) from error
+
+    def checksum(self, offset: int) -> int | None:
+        """CRC-32 of a record's bytes; None when it is not there (any more)."""
+        row = self._db.execute("SELECT checksum FROM log WHERE record = ?", (offset,)).fetchone()
+        return None if row is None else int(row[0])
+
+    def continue_after(self, offset: int, stamp_ms: int) -> None:
+        self._last = Record(offset, stamp_ms, b"")
 
     def close(self) -> None:
         self._db.close()
+
+
+def _error(path: Path, what: str, error: Exception) -> LogError:
+    code = getattr(error, "sqlite_errorcode", None)
+    if code == sqlite3.SQLITE_FULL:
+        return LogFull(f"{path}: {what}: no space left on its disk; nothing was written")
+    hint = f". {REPAIR}" if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else ""
+    return LogError(f"{path}: {what}: {error}{hint}")

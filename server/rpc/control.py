@@ -10,16 +10,20 @@ from liverank.v1 import ingest_pb2 as pb
 from server.engine import Engine, PublishResult
 from server.errors import NotFound, Refused
 from server.live.events import decode_batch
-from server.log.commit import GroupCommit, Submission
+from server.log.commit import CommitPath, Submission
 
 PRODUCER = "liverank-control"
 
 
 class Control:
-    """Publishes blocks, unblocks and reconciled ends as durable events. Thread-safe."""
+    """Publishes blocks, unblocks and reconciled ends as durable events. Thread-safe.
 
-    def __init__(self, engine: Engine, commit: GroupCommit) -> None:
-        self._engine, self._commit = engine, commit
+    Args:
+        producer: no other server that writes to the same log may use it.
+    """
+
+    def __init__(self, engine: Engine, commit: CommitPath, producer: str = PRODUCER) -> None:
+        self._engine, self._commit, self._producer = engine, commit, producer
         self._lock = threading.Lock()
         self._last_sequence = 0
 
@@ -66,7 +70,7 @@ class Control:
                 sequence += 1
                 event.sequence = sequence
             self._last_sequence = sequence
-            payload = pb.EventBatch(producer_id=PRODUCER, events=events).SerializeToString()
+            payload = pb.EventBatch(producer_id=self._producer, events=events).SerializeToString()
             batch = decode_batch(payload, self._engine.settings.table)
             assert not batch.rejected, batch.rejected
             done: Future[PublishResult] = Future()

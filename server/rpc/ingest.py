@@ -13,7 +13,7 @@ from kernels import fence
 from server.engine import Engine, PublishResult
 from server.errors import Forbidden, InvalidRequest
 from server.live.events import DecodedBatch, Rejection, decode_batch
-from server.log.commit import GroupCommit, Submission
+from server.log.commit import CommitPath, Submission
 from server.recorder import Recorder
 from server.rpc.auth import caller
 from server.rpc.control import PRODUCER
@@ -41,7 +41,7 @@ _MESSAGES: dict[int, str] = {
 class IngestService(pb_grpc.IngestServicer):
     """Decodes batches, hands them to the log, and acknowledges in order what was made durable and applied."""
 
-    def __init__(self, engine: Engine, commit: GroupCommit, recorder: Recorder, slots: StreamSlots) -> None:
+    def __init__(self, engine: Engine, commit: CommitPath, recorder: Recorder, slots: StreamSlots) -> None:
         self._engine, self._commit, self.recorder, self._slots = engine, commit, recorder, slots
         security = engine.settings.security
         # Appended to what is logged: of a field that comes twice, protobuf takes the last.

@@ -16,6 +16,7 @@ from server.errors import (
     InvalidRequest,
     LiverankError,
     LogError,
+    LogFull,
     NotFound,
     OffsetNotReached,
     Overloaded,
@@ -24,6 +25,7 @@ from server.errors import (
     Refused,
     ResumeGone,
     ScoringError,
+    SnapshotError,
     Unauthenticated,
 )
 from server.recorder import Recorder
@@ -44,6 +46,8 @@ STATUS: dict[type[LiverankError], grpc.StatusCode] = {
     ReaderTooSlow: grpc.StatusCode.ABORTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     LogError: grpc.StatusCode.UNAVAILABLE,
+    LogFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    SnapshotError: grpc.StatusCode.INTERNAL,  # the server goes on without it; if one escapes it is a bug
     ScoringError: grpc.StatusCode.INTERNAL,  # the ladder keeps these from callers; if one escapes it is a bug
     LiverankError: grpc.StatusCode.INTERNAL,
 }

@@ -156,6 +156,36 @@ class Metrics:
             buckets=_SECONDS,
             registry=r,
         )
+        self.log_errors = Counter(
+            "liverank_log_errors_total", "Groups of batches refused: they could not be written", ["reason"], registry=r
+        )
+        self.log_trimmed = Counter("liverank_log_trimmed_records_total", "Old records deleted from the log", registry=r)
+        self.log_truncated = Counter(
+            "liverank_log_truncated_records_total", "Damaged last records removed at start", registry=r
+        )
+        self.log_dead_letters = Counter(
+            "liverank_log_dead_letters_total", "Records of the log that cannot be decoded", registry=r
+        )
+        self.log_gaps = Gauge(
+            "liverank_log_gap_offsets", "Offsets of the log that held no record, since the start", registry=r
+        )
+        self.log_lead_seconds = Gauge(
+            "liverank_log_stamp_lead_seconds", "Newest stamp in the log minus this server's clock", registry=r
+        )
+        self.recovery_lag_records = Gauge(
+            "liverank_recovery_lag_records", "Records of the log known and not yet applied", registry=r
+        )
+        self.snapshots = Counter(
+            "liverank_snapshots_total", "Snapshots: written, failed, or skipped as unusable", ["outcome"], registry=r
+        )
+        self.snapshot_seconds = Histogram(
+            "liverank_snapshot_seconds", "Time of a whole snapshot", buckets=_SECONDS, registry=r
+        )
+        self.snapshot_pause_seconds = Histogram(
+            "liverank_snapshot_pause_seconds", "Time a snapshot holds the engine", buckets=_SECONDS, registry=r
+        )
+        self.snapshot_bytes = Gauge("liverank_snapshot_bytes", "Size of the newest snapshot", registry=r)
+        self.snapshot_offset = Gauge("liverank_snapshot_offset", "Log offset of the newest snapshot", registry=r)
         self.queue_rows = Gauge("liverank_queue_rows", "Viewers waiting to be ranked", registry=r)
         self.applied_offset = Gauge("liverank_applied_offset", "Last log offset applied", registry=r)
         self.auth_refused = Counter(

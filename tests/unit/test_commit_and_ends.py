@@ -28,6 +28,7 @@ class HeldLog:
         self.broken = False
 
     last = None
+    first_offset = 1
 
     def append(self, records: Sequence[Record]) -> None:
         self.writing.set()
@@ -39,6 +40,8 @@ class HeldLog:
     def read(self, after_offset: int) -> Iterator[Record]:
         return iter(self.records[after_offset:])
 
+    def continue_after(self, offset: int, stamp_ms: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -46,7 +49,7 @@ class HeldLog:
 def parts() -> Iterator[tuple[HeldLog, ManualClock, GroupCommit, list[list[Committed]]]]:
     log, clock, handed = HeldLog(), ManualClock(T0), []
     commit = GroupCommit(log, clock, 100, handed.append)
-    commit.start()
+    commit.start(0, 0)
     yield log, clock, commit, handed
     for _ in range(10):
         log.gate.release()
@@ -118,7 +121,7 @@ def test_a_fault_of_our_own_in_the_writer_is_told_to_everybody_and_leaves_nobody
         raise RuntimeError("a bug")
 
     commit = GroupCommit(log, ManualClock(T0), 100, broken, faults.set)
-    commit.start()
+    commit.start(0, 0)
     first, second = submission(0), submission(1)
     commit.submit(first)
     assert log.writing.wait(10)

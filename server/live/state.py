@@ -1,0 +1,137 @@
+"""What the log determines of a live table, taken out and put back: a restart need not replay everything.
+
+`StateBuffer.capture` runs on the engine thread and only copies; the memory it copies into is made and touched
+before, on another thread, because first use of memory costs many times the copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.counters import COUNTERS, HALF_LIVES_MS
+from kernels.dedup import WINDOW, WORDS
+from kernels.idmap import ID_BYTES
+from server.live.columns import SKETCH_REGISTERS, Columns
+from server.live.table import LiveTable
+
+COLUMNS = tuple(f.name for f in fields(Columns))
+INTERNERS = ("creators", "languages", "categories", "regions")
+LAYOUT = hashlib.sha256(
+    repr((COLUMNS, COUNTERS, HALF_LIVES_MS, SKETCH_REGISTERS, ID_BYTES, WINDOW)).encode()
+).hexdigest()[:16]
+"""Changes whenever state written by one version cannot be read by another."""
+
+
+@dataclass(frozen=True)
+class TableState:
+    """A live table at one moment, R used rows and P producers.
+
+    columns: by name, [R, ...]; trailing dimensions may be flattened. titles, tags: R each. names: by interner, from
+    number 0. producers: by row of their windows; producer_used_ms int64[P], highest uint64[P], window_bits
+    uint64[P, WORDS].
+    Free rows are those without an id. Arrays may be views of a `StateBuffer`, valid until its next capture.
+    """
+
+    columns: dict[str, NDArray[Any]]
+    titles: list[str]
+    tags: list[tuple[str, ...]]
+    names: dict[str, list[str]]
+    landmark_ms: int
+    counters_seen: NDArray[np.bool_]
+    producers: list[str]
+    producer_used_ms: NDArray[np.int64]
+    highest: NDArray[np.uint64]
+    window_bits: NDArray[np.uint64]
+
+    @property
+    def rows(self) -> int:
+        """R, the table's high-water mark."""
+        return len(self.titles)
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, length of an embedding."""
+        return int(self.columns["embedding"].shape[1])
+
+
+def to_host(column: Any, out: NDArray[Any]) -> None:
+    """Copies the first ``len(out)`` rows of a column into host memory. The only way out of a column."""
+    np.copyto(out, column[: len(out)])
+
+
+def from_host(column: Any, rows: NDArray[Any]) -> None:
+    """Writes host rows over the first ``len(rows)`` rows of a column. The only way in."""
+    column[: len(rows)] = rows.reshape((len(rows), *column.shape[1:]))
+
+
+class StateBuffer:
+    """Memory for one captured state, used again for the next."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, NDArray[Any]] = {}
+
+    def reserve(self, table: LiveTable) -> None:
+        """Makes and touches memory for the table as it is, and an eighth more. Any thread, not during a capture."""
+        rows = min(table.rows + table.rows // 8 + 1024, table.settings.capacity)
+        for name in COLUMNS:
+            self._hold(name, getattr(table.columns, name), rows)
+        producers = min(len(table._highest), table.settings.max_producers)
+        self._hold("window_bits", table._window_bits, producers)
+
+    def _hold(self, name: str, like: Any, rows: int) -> None:
+        held = self._memory.get(name)
+        if held is None or len(held) < rows:
+            self._memory[name] = np.empty((rows, *like.shape[1:]), like.dtype)
+            self._memory[name].fill(0)
+
+    def _taken(self, name: str, column: Any, rows: int) -> NDArray[Any]:
+        self._hold(name, column, rows)
+        out = self._memory[name][:rows]
+        to_host(column, out)
+        return out
+
+    def capture(self, table: LiveTable) -> TableState:
+        """Copies the table's state; on the thread that owns the table."""
+        producers = sorted(table._producers, key=table._producers.__getitem__)
+        return TableState(
+            columns={name: self._taken(name, getattr(table.columns, name), table.rows) for name in COLUMNS},
+            titles=table.titles[: table.rows],
+            tags=table.tags[: table.rows],
+            names={name: list(getattr(table, name).names) for name in INTERNERS},
+            landmark_ms=table.landmark_ms,
+            counters_seen=table.counters_seen.copy(),
+            producers=producers,
+            producer_used_ms=np.array(table._producer_used_ms, np.int64),
+            highest=table._highest[: len(producers)].copy(),
+            window_bits=self._taken("window_bits", table._window_bits, len(producers)),
+        )
+
+
+def restore(table: LiveTable, state: TableState) -> None:
+    """Puts a state into a table that nothing was applied to. The caller checked that it fits.
+
+    Raises:
+        ValueError: the table was used before, is too small, or has another embedding_dim.
+    """
+    rows, dim = state.rows, table.settings.embedding_dim
+    if table.rows or rows > table.settings.capacity or state.embedding_dim != dim:
+        raise ValueError(f"state of {rows} rows x {state.embedding_dim} does not fit this table")
+    for name in COLUMNS:
+        from_host(getattr(table.columns, name), state.columns[name])
+    table.rows = rows
+    table.titles[:rows], table.tags[:rows] = state.titles, state.tags
+    for (column, interner), name in zip(table.interned(), INTERNERS, strict=True):
+        interner.restore(state.names[name], column[:rows])
+    table.landmark_ms = state.landmark_ms
+    table.counters_seen[:] = state.counters_seen
+    table._free = np.flatnonzero(state.columns["id_lengths"] == 0).tolist()  # ascending, hence a heap
+    table.map.insert_all(rows)
+    # Space for producers grows by doubling; any size from here on gives the same windows.
+    table._producers = {name: row for row, name in enumerate(state.producers)}
+    table._producer_used_ms = state.producer_used_ms.tolist()
+    table._highest, table._window_bits = state.highest.copy(), state.window_bits.copy().reshape(-1, WORDS)

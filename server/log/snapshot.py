@@ -1,0 +1,316 @@
+"""Snapshots as files: the state of the table at one offset of the log.
+
+One file: a 64-byte head, Arrow IPC streams one after another (rows, names, producers, ends), and a checksum of all
+before it. The first stream's schema carries the `Manifest` as JSON. A file has its final name only when all of it
+is on disk, so a half-written one is never taken for a snapshot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from server.errors import SnapshotError
+from server.live.state import COLUMNS, INTERNERS, LAYOUT, TableState
+from server.live.table import End
+
+logger = logging.getLogger(__name__)
+
+HEAD = b"liverank snapshot 1\n".ljust(64, b"\0")
+DIGEST_BYTES = 16
+CHUNK_ROWS = 8_192
+"""Rows turned into Arrow at once: a longer step would hold the interpreter's lock for longer."""
+SUFFIX = ".snapshot"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a snapshot is of.
+
+    offset, stamp_ms, record_crc: the last applied record, its stamp and the CRC-32 of its bytes. table_ms: time up to
+    which leases were expired. log: which log, such as ``sqlite`` or ``kafka:topic``. ends_newest: number of the newest
+    end. feature_schema is told, not needed: columns do not depend on it.
+    """
+
+    offset: int
+    stamp_ms: int
+    record_crc: int
+    table_ms: int
+    log: str
+    layout: str
+    feature_schema: str
+    rows: int
+    embedding_dim: int
+    landmark_ms: int
+    counters_seen: list[bool]
+    ends_newest: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A whole snapshot. ends: those still remembered, oldest first."""
+
+    manifest: Manifest
+    state: TableState
+    ends: list[End]
+
+
+def manifest_of(
+    state: TableState, *, offset: int, stamp_ms: int, record_crc: int, table_ms: int, log: str, feature_schema: str,
+    ends_newest: int,
+) -> Manifest:  # fmt: skip
+    """The manifest of ``state`` in this version's layout."""
+    return Manifest(
+        offset, stamp_ms, record_crc, table_ms, log, LAYOUT, feature_schema, state.rows, state.embedding_dim,
+        state.landmark_ms, state.counters_seen.tolist(), ends_newest,
+    )  # fmt: skip
+
+
+class _Digested:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, hashlib.blake2b(digest_size=DIGEST_BYTES)
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self._file.write(data)
+        return len(data)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SnapshotFolder:
+    """The snapshots of one server, newest first by offset."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def paths(self) -> list[Path]:
+        """Finished snapshots, newest first."""
+        return sorted(self.folder.glob(f"*{SUFFIX}"), reverse=True)
+
+    def remove_half_written(self) -> None:
+        """Deletes what a killed server was writing."""
+        for path in self.folder.glob("*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def write(self, contents: Contents) -> Path:
+        """Writes, syncs and names a snapshot. Leaves nothing behind when it fails.
+
+        Raises:
+            SnapshotError: it could not be written.
+        """
+        path = self.folder / f"{contents.manifest.offset:020d}{SUFFIX}"
+        beside = path.with_suffix(".tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with beside.open("wb") as file:
+                    _write(file, contents)
+                    file.flush()
+                    os.fsync(file.fileno())
+                beside.rename(path)
+                _sync_folder(self.folder)
+            finally:
+                beside.unlink(missing_ok=True)
+        except (OSError, pa.ArrowException) as error:
+            raise SnapshotError(f"{path}: cannot write: {error}") from error
+        return path
+
+    def set_aside(self, path: Path) -> None:
+        """Renames a snapshot that cannot be used, so that it neither counts as kept nor is tried again."""
+        path.rename(path.with_suffix(".unusable"))
+
+    def prune(self, keep: int) -> None:
+        """Deletes all but the newest ``keep``, and what was set aside before them."""
+        paths = self.paths()
+        for path in paths[keep:]:
+            path.unlink(missing_ok=True)
+        for path in self.folder.glob("*.unusable"):
+            if path.stem < paths[:keep][-1].stem:
+                path.unlink(missing_ok=True)
+
+    def oldest_offset(self, keep: int) -> int:
+        """Offset of the oldest kept snapshot, once there are ``keep``; 0 before."""
+        paths = self.paths()
+        return offset_of(paths[keep - 1]) if len(paths) >= keep else 0
+
+
+def offset_of(path: Path) -> int:
+    """The offset that a snapshot's name tells. Raises SnapshotError when it tells none."""
+    try:
+        return int(path.stem)
+    except ValueError as error:
+        raise SnapshotError(f"{path}: a name like {0:020d}{SUFFIX} wanted") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(file: IO[bytes], contents: Contents) -> None:
+    sink = _Digested(file)
+    sink.write(HEAD)
+    told = {b"liverank": json.dumps(asdict(contents.manifest)).encode()}
+    state = contents.state
+    _stream(sink, _row_batches(state), told)
+    names = [(kind, name) for kind in INTERNERS for name in state.names[kind]]
+    _stream(sink, _string_batches(names, ("interner", "name")))
+    _stream(sink, iter([_producer_batch(state)]))
+    _stream(sink, _end_batches(contents.ends))
+    file.write(sink.digest.digest())
+
+
+def _stream(sink: _Digested, batches: Iterator[pa.RecordBatch], metadata: dict[bytes, bytes] | None = None) -> None:
+    first = next(batches)
+    schema = first.schema.with_metadata(metadata)
+    with pa.ipc.new_stream(pa.PythonFile(sink, "w"), schema) as writer:
+        writer.write_batch(first.replace_schema_metadata(metadata))
+        for batch in batches:
+            writer.write_batch(batch.replace_schema_metadata(metadata))
+
+
+def _chunks(rows: int) -> Iterator[slice]:
+    """Slices that cover ``rows``; at least one, so that an empty table has a schema too."""
+    for start in range(0, max(1, rows), CHUNK_ROWS):
+        yield slice(start, min(start + CHUNK_ROWS, rows))
+
+
+def _row_batches(state: TableState) -> Iterator[pa.RecordBatch]:
+    for chunk in _chunks(state.rows):
+        arrays = {name: _array(state.columns[name][chunk]) for name in COLUMNS}
+        arrays["title"] = pa.array(state.titles[chunk], pa.string())
+        arrays["tags"] = pa.array(state.tags[chunk], pa.list_(pa.string()))
+        yield pa.RecordBatch.from_pydict(arrays)
+
+
+def _array(column: Any) -> pa.Array:
+    """A column of any number of dimensions, without a copy."""
+    flat = pa.array(column.reshape(-1))
+    if column.ndim == 1:
+        return flat
+    return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(column.shape[1:])))
+
+
+def _string_batches(rows: Sequence[tuple[str, ...]], names: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    for chunk in _chunks(len(rows)):
+        columns = list(zip(*rows[chunk], strict=True)) or [()] * len(names)
+        yield pa.RecordBatch.from_arrays([pa.array(c, pa.string()) for c in columns], list(names))
+
+
+def _producer_batch(state: TableState) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pydict(
+        {
+            "producer": pa.array(state.producers, pa.string()),
+            "used_ms": pa.array(state.producer_used_ms),
+            "highest": pa.array(state.highest),
+            "window": _array(state.window_bits),
+        }
+    )
+
+
+def _end_batches(ends: list[End]) -> Iterator[pa.RecordBatch]:
+    for chunk in _chunks(len(ends)):
+        part = ends[chunk]
+        yield pa.RecordBatch.from_pydict(
+            {
+                "stream_id": pa.array([e.stream_id for e in part], pa.string()),
+                "epoch": pa.array([e.epoch for e in part], pa.int64()),
+                "ended_ms": pa.array([e.ended_ms for e in part], pa.int64()),
+                "reason": pa.array([e.reason for e in part], pa.string()),
+            }
+        )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Checks the whole file, then reads what it is of. Raises SnapshotError when it is not what was written."""
+    with _checked(path) as source:
+        return _manifest(path, pa.ipc.open_stream(source).schema)
+
+
+def read(path: Path) -> Contents:
+    """Reads a snapshot of this version's layout; its arrays lie in the mapped file.
+
+    Raises:
+        SnapshotError: it is not what was written, or another version wrote it.
+    """
+    with _checked(path) as source:
+        try:
+            rows = pa.ipc.open_stream(source)
+            manifest = _manifest(path, rows.schema)
+            if manifest.layout != LAYOUT:
+                raise SnapshotError(f"{path}: written by another version (layout {manifest.layout}, not {LAYOUT})")
+            table = rows.read_all()
+            names = pa.ipc.open_stream(source).read_all()
+            producers = pa.ipc.open_stream(source).read_all()
+            ends = pa.ipc.open_stream(source).read_all().to_pydict()
+        except pa.ArrowException as error:
+            raise SnapshotError(f"{path}: cannot read: {error}") from error
+    by_kind: dict[str, list[str]] = {kind: [] for kind in INTERNERS}
+    for kind, name in zip(names["interner"].to_pylist(), names["name"].to_pylist(), strict=True):
+        by_kind[kind].append(name)
+    state = TableState(
+        columns={name: _numpy(table[name]) for name in COLUMNS},
+        titles=table["title"].to_pylist(),
+        tags=[tuple(tags) for tags in table["tags"].to_pylist()],
+        names=by_kind,
+        landmark_ms=manifest.landmark_ms,
+        counters_seen=np.array(manifest.counters_seen, np.bool_),
+        producers=producers["producer"].to_pylist(),
+        producer_used_ms=_numpy(producers["used_ms"]),
+        highest=_numpy(producers["highest"]),
+        window_bits=_numpy(producers["window"]),
+    )
+    return Contents(manifest, state, [End(*row) for row in zip(*ends.values(), strict=True)])
+
+
+@contextmanager
+def _checked(path: Path) -> Iterator[pa.BufferReader]:
+    """The Arrow streams of a file whose checksum is right."""
+    offset_of(path)
+    try:
+        whole = pa.memory_map(str(path)).read_buffer()
+    except (OSError, pa.ArrowException) as error:
+        raise SnapshotError(f"{path}: cannot read: {error}") from error
+    view = memoryview(whole)
+    if len(view) < len(HEAD) + DIGEST_BYTES or bytes(view[: len(HEAD)]) != HEAD:
+        raise SnapshotError(f"{path}: not a snapshot")
+    if hashlib.blake2b(view[:-DIGEST_BYTES], digest_size=DIGEST_BYTES).digest() != bytes(view[-DIGEST_BYTES:]):
+        raise SnapshotError(f"{path}: damaged (checksum differs)")
+    yield pa.BufferReader(whole.slice(len(HEAD), len(whole) - len(HEAD) - DIGEST_BYTES))
+
+
+def _manifest(path: Path, schema: pa.Schema) -> Manifest:
+    try:
+        return Manifest(**json.loads(schema.metadata[b"liverank"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SnapshotError(f"{path}: written by another version: {error}") from error
+
+
+def _numpy(column: pa.ChunkedArray) -> Any:
+    """One array of the column's chunks; fixed-size lists become rows of one dimension more."""
+    parts = []
+    for chunk in column.chunks:
+        if pa.types.is_fixed_size_list(chunk.type):
+            parts.append(chunk.flatten().to_numpy().reshape(-1, chunk.type.list_size))
+        else:
+            parts.append(chunk.to_numpy())
+    return np.concatenate(parts) if len(parts) != 1 else parts[0]

@@ -1,0 +1,232 @@
+"""Servers fed by one Kafka topic: the real client against librdkafka's built-in broker over TCP, not Apache Kafka."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
+from liverank.v1 import admin_pb2, liveness_pb2
+
+from server.app import App
+from server.clock import ManualClock, SystemClock
+from server.config import parse_settings
+from server.errors import ConfigError, LogError
+from tests.app import SMALL, Client, running_app, status_of
+from tests.events import T0, batch, event, started
+from tests.kafka_broker import Broker, running_broker
+from tests.triton_server import eventually
+from tests.unit.test_snapshots import everything
+
+TOPIC = "events"
+
+
+@pytest.fixture
+def broker() -> Iterator[Broker]:
+    with running_broker(TOPIC, f"{TOPIC}-dead-letters") as running:
+        yield running
+
+
+def kafka(broker: Broker, **more: Any) -> dict[str, Any]:
+    # Apache Kafka answers a waiting fetch when a record comes; the built-in broker only when its time is over.
+    about = {
+        "bootstrap_servers": broker.servers, "topic": TOPIC, "time_record_ms": 50, "ack_timeout_ms": 2_000,
+        "options": {"fetch.wait.max.ms": "10"},
+    }  # fmt: skip
+    return {"kind": "kafka", "kafka": {**about, **more}}
+
+
+def server(folder: Path, broker: Broker, skew_ms: int = 0, **more: Any) -> AbstractContextManager[Client]:
+    folder.mkdir(exist_ok=True)
+    clock = SkewedClock(skew_ms) if skew_ms else SystemClock()
+    table = {**SMALL, "lease_ms": 2_000, "grace_ms": 500}
+    return running_app(folder, clock, model=False, table=table, log=kafka(broker, **more))
+
+
+class SkewedClock(SystemClock):
+    """A clock that is wrong."""
+
+    def __init__(self, skew_ms: int) -> None:
+        super().__init__()
+        self._skew_ms = skew_ms
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self._skew_ms
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def state_at(client: Client) -> tuple[int, dict[str, Any], tuple[int, list[Any]]]:
+    """Offset, everything the log determines, and the ends; taken between two batches."""
+    engine = client.app.engine
+    return engine.call(lambda: (engine.applied_offset, everything(engine.table), engine.ends.export())).result(10.0)
+
+
+def assert_same_at_one_offset(a: Client, b: Client) -> None:
+    """Both apply what comes; looked at until an offset is met by both (time records keep coming)."""
+    ends_at = time.monotonic() + 10.0
+    seen: list[dict[int, Any]] = [{}, {}]
+    while not set(seen[0]) & set(seen[1]):
+        assert time.monotonic() < ends_at, [sorted(s) for s in seen]
+        for which, client in enumerate((a, b)):
+            offset, state, ends = state_at(client)
+            seen[which][offset] = (state, ends)
+    for offset in set(seen[0]) & set(seen[1]):
+        assert seen[0][offset] == seen[1][offset], offset
+
+
+def test_two_writers_with_different_clocks_and_a_follower_have_the_same_table(tmp_path: Path, broker: Broker) -> None:
+    with (
+        server(tmp_path / "a", broker) as a,
+        server(tmp_path / "b", broker, skew_ms=1_500) as b,
+        server(tmp_path / "c", broker, publish=False) as follower,
+    ):
+        for i in range(15):
+            first = a.publish(started(f"a{i}", 0, now_ms(), category=f"g{i}"), producer="pa")
+            second = b.publish(
+                started(f"b{i}", 0, now_ms()), event(f"a{i}", 0, now_ms(), viewer_count={"count": i}), producer="pb"
+            )
+            assert not first.rejected and not second.rejected and second.offset > first.offset
+        a.publish(event("b3", 0, now_ms(), epoch=1, ended={"reason": "over"}))
+        last = b.publish(event("a4", 0, now_ms(), epoch=1, ended={}))
+        assert follower.rank(min_offset=last.offset, limit=50).applied_offset >= last.offset
+        stamps = [c.app.engine.applied_stamp_ms for c in (a, b, follower)]
+        assert min(stamps) > now_ms(), "the clock that is ahead drives the time of all"
+        for other in (b, follower):
+            assert_same_at_one_offset(a, other)
+        eventually(lambda: follower.app.engine.ends.newest >= 30, what="leases end in a silent log too")
+        assert_same_at_one_offset(a, follower)
+
+
+def test_a_tick_expires_nothing_beyond_the_stamps_of_the_log_yet_nothing_is_shown_past_its_lease(
+    tmp_path: Path, broker: Broker
+) -> None:
+    clock = ManualClock(T0)
+    with running_app(tmp_path, clock, model=False, log=kafka(broker, time_record_ms=600_000)) as client:
+        client.publish(started("s", 0, T0))
+        assert client.shown() == ["s"]
+        clock.advance(60_000)
+        client.tick()
+        assert client.admin.Status(admin_pb2.StatusRequest(), timeout=5.0).live == 1, "time is the log's"
+        assert client.shown() == []
+        client.publish(started("t", 0, clock.now_ms()))
+        found = client.admin.Status(admin_pb2.StatusRequest(), timeout=5.0)
+        assert (found.live, found.suspect + found.ended) == (1, 1) and client.shown() == ["t"]
+
+
+def test_an_acknowledged_batch_is_visible_to_the_next_call_and_its_offset_can_be_waited_for(
+    tmp_path: Path, broker: Broker
+) -> None:
+    with server(tmp_path / "a", broker) as a, server(tmp_path / "b", broker) as b:
+        ack = a.publish(started("s", 0, now_ms()))
+        assert a.app.engine.applied_offset >= ack.offset
+        assert b.rank(min_offset=ack.offset).applied_offset >= ack.offset
+        refs = [liveness_pb2.StreamRef(stream_id="s")]
+        (status,) = b.liveness.CheckLive(liveness_pb2.CheckLiveRequest(streams=refs), timeout=10.0).streams
+        assert status.state == liveness_pb2.LiveStatus.LIVE
+
+
+def test_blocks_by_two_servers_do_not_take_each_other_for_repetitions(tmp_path: Path, broker: Broker) -> None:
+    with server(tmp_path / "a", broker) as a, server(tmp_path / "b", broker) as b:
+        ack = a.publish(*(started(f"s{i}", 0, now_ms()) for i in range(4)))
+        for client in (a, b):
+            client.rank(min_offset=ack.offset)
+        calls = [
+            client.admin.BlockStream.future(admin_pb2.BlockStreamRequest(stream_id=f"s{i}"), timeout=10.0)
+            for i, client in enumerate((a, b, a, b))
+        ]
+        assert len({call.result().offset for call in calls}) == 4
+
+
+def test_a_follower_refuses_to_publish(tmp_path: Path, broker: Broker) -> None:
+    with server(tmp_path / "c", broker, publish=False) as follower:
+        with pytest.raises(grpc.RpcError) as failed:
+            follower.publish(started("s", 0, now_ms()))
+        assert status_of(failed.value)[0] == "FAILED_PRECONDITION" and "log.kafka.publish" in status_of(failed.value)[1]
+
+
+def test_a_record_nobody_can_decode_goes_to_the_dead_letters_and_the_rest_goes_on(
+    tmp_path: Path, broker: Broker
+) -> None:
+    outside = Producer({"bootstrap.servers": broker.servers})
+    outside.produce(TOPIC, b"\xff not a batch", partition=0)
+    outside.flush(5.0)
+    with server(tmp_path / "a", broker) as a:
+        outside.produce(TOPIC, None, partition=0)
+        outside.produce(TOPIC, batch(started("out", 1, now_ms()), producer="outside"), partition=0)  # without a stamp
+        outside.flush(5.0)
+        ack = a.publish(started("s", 0, now_ms()))
+        assert not ack.rejected
+        assert a.app.metrics.log_dead_letters._value.get() == 2
+        assert a.admin.Status(admin_pb2.StatusRequest(), timeout=5.0).live == 2
+    reader = Consumer({"bootstrap.servers": broker.servers, "group.id": "t"})
+    reader.assign([TopicPartition(f"{TOPIC}-dead-letters", 0, 0)])
+    letters = reader.consume(2, 10.0)
+    reader.close()
+    assert [m.value() for m in letters] == [b"\xff not a batch", b""]
+    assert letters[0].key() == f"{TOPIC}/0/0".encode() and dict(letters[0].headers())["error"]
+
+
+def test_a_restart_goes_on_from_the_snapshots_offset_and_ends_where_the_others_are(
+    tmp_path: Path, broker: Broker
+) -> None:
+    with server(tmp_path / "a", broker) as a:
+        with server(tmp_path / "b", broker) as b:
+            for i in range(10):
+                ack = a.publish(started(f"s{i}", 0, now_ms(), title=f"t{i}"))
+            b.rank(min_offset=ack.offset)
+            offset = b.app.snapshots.take()
+            assert offset >= ack.offset
+        a.publish(event("s1", 0, now_ms(), epoch=1, ended={}), event("s2", 0, now_ms(), viewer_count={"count": 7}))
+        broker.delete_before(TOPIC, offset - 2)  # retention: only a snapshot can help now
+        with server(tmp_path / "b", broker) as b:
+            assert_same_at_one_offset(a, b)
+        fresh = parse_settings(
+            {
+                "serve": {"port": 0, "metrics_port": 0}, "table": SMALL,
+                "log": {"path": str(tmp_path / "new" / "log"), **kafka(broker)},
+                "scoring": {"mode": "local", "model_repository": str(tmp_path)},
+            }
+        )  # fmt: skip
+        with pytest.raises(LogError, match=rf"records 1 to {offset - 2} are gone.*accept_lost_history"):
+            App(fresh, SystemClock(), lambda: None).start()
+
+
+@pytest.mark.parametrize(
+    ("topic", "told"), [("four", "'four' has 4 partitions; exactly one"), ("none", "'none' cannot be used: .*nknown")]
+)
+def test_a_topic_without_one_order_is_refused(tmp_path: Path, broker: Broker, topic: str, told: str) -> None:
+    broker.create("four", 4)
+    settings = parse_settings(
+        {
+            "serve": {"port": 0, "metrics_port": 0}, "table": SMALL,
+            "log": {"path": str(tmp_path / "log"), **kafka(broker, topic=topic)},
+            "scoring": {"mode": "local", "model_repository": str(tmp_path)},
+        }
+    )  # fmt: skip
+    app = App(settings, ManualClock(1), lambda: None)
+    with pytest.raises(ConfigError, match=told):
+        app.start()
+
+
+def test_another_topic_behind_the_same_snapshots_is_refused(tmp_path: Path, broker: Broker) -> None:
+    with server(tmp_path / "a", broker) as a:
+        a.publish(started("s", 0, now_ms()))
+        a.app.snapshots.take()
+    broker.create("other")
+    with pytest.raises(ConfigError, match="are of the log 'kafka:events', not 'kafka:other'"):
+        server(tmp_path / "a", broker, topic="other").__enter__()
+
+
+def test_kafka_without_brokers_and_options_we_rely_on_are_refused(tmp_path: Path, broker: Broker) -> None:
+    with pytest.raises(ConfigError, match=r"bootstrap_servers: host:port wanted"):
+        parse_settings({"log": {"kind": "kafka"}})
+    with pytest.raises(ConfigError, match=r"log\.kafka\.options: acks cannot be changed"):
+        server(tmp_path / "a", broker, options={"acks": "0"}).__enter__()
