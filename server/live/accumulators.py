@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,9 @@ class Accumulators(Protocol):
     def viewers(self, rows: int) -> NDArray[np.float32]:
         """float32[rows] on the host: viewers last reported for each of the first rows."""
 
+    def column(self, name: str) -> Any:
+        """One of the session columns (`columns.SESSION`), C rows, up to date; where it lives."""
+
 
 class HostAccumulators:
     """Session columns in main memory: those of ``columns``."""
@@ -97,3 +100,7 @@ class HostAccumulators:
     def viewers(self, rows: int) -> NDArray[np.float32]:
         """See `Accumulators`. The column itself."""
         return self._columns.viewers[:rows]
+
+    def column(self, name: str) -> Any:
+        """See `Accumulators`."""
+        return getattr(self._columns, name)

@@ -92,7 +92,7 @@ class Columns:
 
     def clear_sessions(self, slots: NDArray[np.int32]) -> None:
         """Forgets what happened in the rows' sessions; int32[n]."""
-        for name in _SESSION:
+        for name in SESSION:
             getattr(self, name)[slots] = 0
 
     def clear_row(self, slot: int) -> None:
@@ -108,5 +108,5 @@ class Columns:
         return sum(getattr(self, field.name)[:1].nbytes for field in fields(self))
 
 
-_SESSION = ("last_event_ms", "viewers", "viewers_ms", "counters", "viewer_registers", "chatter_registers")
-_HOST = tuple(f.name for f in fields(Columns) if f.name not in ("generation", "embedding", *_SESSION))
+SESSION = ("last_event_ms", "viewers", "viewers_ms", "counters", "viewer_registers", "chatter_registers")
+_HOST = tuple(f.name for f in fields(Columns) if f.name not in ("generation", "embedding", *SESSION))

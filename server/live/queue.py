@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -93,6 +95,11 @@ class DeviceQueue:
         """See `Accumulators`. Waits for the device: once a tick at most."""
         self.flush()
         return self.device.to_host(self.device.tensors["viewers"][:rows])
+
+    def column(self, name: str) -> Any:
+        """See `Accumulators`."""
+        self.flush()
+        return self.device.columns[name]
 
     def flush(self) -> None:
         """Takes over everything that waits. Call before reading the device's columns."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kernels.counters import COUNTERS, HALF_LIVES_MS
 from kernels.dedup import WINDOW, WORDS
 from kernels.idmap import ID_BYTES
-from server.live.columns import SKETCH_REGISTERS, Columns
+from server.live.columns import SESSION, SKETCH_REGISTERS, Columns
 from server.live.table import LiveTable
 
 COLUMNS = tuple(f.name for f in fields(Columns))
@@ -61,12 +61,24 @@ class TableState:
 
 def to_host(column: Any, out: NDArray[Any]) -> None:
     """Copies the first ``len(out)`` rows of a column into host memory. The only way out of a column."""
-    np.copyto(out, column[: len(out)])
+    if isinstance(column, np.ndarray):
+        np.copyto(out, column[: len(out)])
+    else:
+        column[: len(out)].get(out=out)  # on a GPU; waits for it
 
 
 def from_host(column: Any, rows: NDArray[Any]) -> None:
     """Writes host rows over the first ``len(rows)`` rows of a column. The only way in."""
-    column[: len(rows)] = rows.reshape((len(rows), *column.shape[1:]))
+    rows = rows.reshape((len(rows), *column.shape[1:]))
+    if isinstance(column, np.ndarray):
+        column[: len(rows)] = rows
+    else:
+        column[: len(rows)].set(np.ascontiguousarray(rows))
+
+
+def column_of(table: LiveTable, name: str) -> Any:
+    """A column of the table by its name in `Columns`, wherever it lives."""
+    return table.accumulators.column(name) if name in SESSION else getattr(table.columns, name)
 
 
 class StateBuffer:
@@ -99,7 +111,7 @@ class StateBuffer:
         """Copies the table's state; on the thread that owns the table."""
         producers = sorted(table._producers, key=table._producers.__getitem__)
         return TableState(
-            columns={name: self._taken(name, getattr(table.columns, name), table.rows) for name in COLUMNS},
+            columns={name: self._taken(name, column_of(table, name), table.rows) for name in COLUMNS},
             titles=table.titles[: table.rows],
             tags=table.tags[: table.rows],
             names={name: list(getattr(table, name).names) for name in INTERNERS},
@@ -122,8 +134,14 @@ def restore(table: LiveTable, state: TableState) -> None:
     if table.rows or rows > table.settings.capacity or state.embedding_dim != dim:
         raise ValueError(f"state of {rows} rows x {state.embedding_dim} does not fit this table")
     for name in COLUMNS:
-        from_host(getattr(table.columns, name), state.columns[name])
+        if name == "embedding":
+            every = np.arange(rows, dtype=np.int32)
+            table.write_embeddings(every, np.ascontiguousarray(state.columns[name]))
+        else:
+            from_host(column_of(table, name), state.columns[name])
     table.rows = rows
+    table.accumulators.liveness_changed(np.arange(rows, dtype=np.int32))
+    table.accumulators.identity_changed(np.arange(rows, dtype=np.int32))
     table.titles[:rows], table.tags[:rows] = state.titles, state.tags
     for (column, interner), name in zip(table.interned(), INTERNERS, strict=True):
         interner.restore(state.names[name], column[:rows])

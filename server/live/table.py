@@ -104,7 +104,7 @@ class LiveTable:
         self.settings = settings
         self.columns = Columns.allocate(settings.capacity, embedding, with_sessions=accumulators is None)
         self.accumulators = (accumulators or HostAccumulators)(self.columns)
-        self._write_rows = write_rows or embedding.__setitem__
+        self.write_embeddings: RowWriter = write_rows or embedding.__setitem__
         self._no_embedding = np.zeros(settings.embedding_dim, np.float32)
         self.titles: list[str] = [""] * settings.capacity
         self.tags: list[tuple[str, ...]] = [()] * settings.capacity
@@ -257,7 +257,7 @@ class LiveTable:
         self.tags[slot] = started.tags
 
     def _write_embedding(self, slot: int, embedding: NDArray[np.float32]) -> None:
-        self._write_rows(np.array([slot], np.int32), embedding[None])
+        self.write_embeddings(np.array([slot], np.int32), embedding[None])
 
     def _count(self, events: EventColumns, slots: NDArray[np.int32], ok: NDArray[np.bool_]) -> None:
         """Counters, gauges and sketches of the applied events that belong to the current session."""
