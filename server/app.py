@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from liverank.v1 import admin_pb2, admin_pb2_grpc, ingest_pb2, liveness_pb2, liveness_pb2_grpc, ranking_pb2
 
+from server.admission.gate import Admission
 from server.clock import Clock
 from server.config import Settings
 from server.engine import Engine
@@ -26,6 +27,7 @@ from server.recorder import Recorder
 from server.retrieval.registry import make_engine
 from server.retrieval.streams import StreamState
 from server.rpc.admin import AdminService
+from server.rpc.admission import AdmissionInterceptor
 from server.rpc.control import Control
 from server.rpc.encode import encode_replies
 from server.rpc.ingest import IngestService
@@ -41,6 +43,8 @@ from server.warmup import warm_up
 
 logger = logging.getLogger(__name__)
 
+OTHER_THREADS = 16
+"""Unary calls outside Ranking that are handled at once."""
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
@@ -84,9 +88,10 @@ class App:
         self.metrics = Metrics()
         self.metrics.capacity_rows.set(settings.table.capacity)
         self.recorder = Recorder(self.metrics)
+        admission = Admission(settings.admission, settings.serve.max_queue_rows, self.recorder.shed)
         self.engine = Engine(
             settings, clock, table, features, streams, pipeline,
-            EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, on_fault,
+            EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, admission, on_fault,
         )  # fmt: skip
         self._log = SqliteLog(settings.log.path)
         replayed = self.engine.recover(self._log)
@@ -102,11 +107,13 @@ class App:
             self.recorder.model_called,
         )
         self._slots = StreamSlots(settings.serve.max_open_streams)
-        # Streaming calls hold a thread each; unary calls have threads of their own beside them.
-        threads = settings.serve.rank_threads + settings.serve.max_open_streams
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
+        # Streaming calls hold a thread each; unary calls have threads of their own beside them, those of Ranking
+        # in the interceptor: however many there are, health and liveness are answered.
+        self._pool = ThreadPoolExecutor(OTHER_THREADS + settings.serve.max_open_streams, thread_name_prefix="rpc")
+        self._admission = AdmissionInterceptor(admission, self.recorder, settings.serve.rank_threads)
         self._grpc = grpc.server(
             self._pool,
+            interceptors=(self._admission,),
             options=[
                 ("grpc.max_receive_message_length", settings.serve.max_message_bytes),
                 ("grpc.max_send_message_length", settings.serve.max_message_bytes),
@@ -173,6 +180,7 @@ class App:
         self._scorer.close()
         self._log.close()
         self._stop_metrics()
+        self._admission.close()
         self._pool.shutdown(wait=False)
         logger.info("drained %s", "cleanly" if clean else "with calls cut off")
         return clean

@@ -55,7 +55,11 @@ class OffsetNotReached(Refused):
 
 
 class Overloaded(LiverankError):
-    """A bounded queue or pool is full; retry later."""
+    """A bounded queue or pool is full; retry after ``retry_ms``."""
+
+    def __init__(self, problem: str, retry_ms: int = 50) -> None:
+        super().__init__(problem)
+        self.retry_ms = retry_ms
 
 
 class ResumeGone(LiverankError):

@@ -41,7 +41,6 @@ STATUS: dict[type[LiverankError], grpc.StatusCode] = {
     ScoringError: grpc.StatusCode.INTERNAL,  # the ladder keeps these from callers; if one escapes it is a bug
     LiverankError: grpc.StatusCode.INTERNAL,
 }
-RETRY_PUSHBACK_MS = "50"
 
 
 class CallerGone(Exception):
@@ -61,7 +60,7 @@ def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, request, context)
         except Exception as error:  # noqa: BLE001 - mapped, or logged with its traceback
-            _abort(self.recorder, method.__name__, error, context)
+            refuse(self.recorder, method.__name__, error, context)
 
     return call
 
@@ -76,12 +75,13 @@ def guarded_stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Iterat
         except grpc.RpcError:  # the caller cancelled or vanished while we waited for its next message
             self.recorder.refused(method.__name__, grpc.StatusCode.CANCELLED.name)
         except Exception as error:  # noqa: BLE001 - mapped, or logged with its traceback
-            _abort(self.recorder, method.__name__, error, context)
+            refuse(self.recorder, method.__name__, error, context)
 
     return call
 
 
-def _abort(recorder: Recorder, method: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
+def refuse(recorder: Recorder, method: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
+    """Ends the call with the error's status, counted; never returns."""
     if isinstance(error, LiverankError):
         code, message = status_of(error), str(error)
     elif isinstance(error, CallerGone):
@@ -89,8 +89,8 @@ def _abort(recorder: Recorder, method: str, error: Exception, context: grpc.Serv
     else:
         logger.exception("unexpected fault in %s", method)
         code, message = grpc.StatusCode.INTERNAL, f"{method}: internal fault; see the server's log"
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        context.set_trailing_metadata((("grpc-retry-pushback-ms", RETRY_PUSHBACK_MS),))
+    if isinstance(error, Overloaded):
+        context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_ms)),))
     recorder.refused(method, code.name)
     context.abort(code, message)
     raise AssertionError("abort raises")

@@ -109,6 +109,21 @@ class Metrics:
             registry=r,
         )
         self.queue_rows = Gauge("liverank_queue_rows", "Viewers waiting to be ranked", registry=r)
+        self.queue_wait_seconds = Histogram(
+            "liverank_queue_wait_seconds", "Rank: call received to its batch begun", ["priority"],
+            buckets=_SECONDS, registry=r,
+        )  # fmt: skip
+        self.shed = Counter(
+            "liverank_shed_total", "Ranking calls turned away with RESOURCE_EXHAUSTED", ["reason", "priority"],
+            registry=r,
+        )  # fmt: skip
+        self.quality_factor = Gauge(
+            "liverank_quality_factor", "Share of the candidates that is scored, 1 unless short of time", registry=r
+        )
+        self.quality_factor.set(1.0)
+        self.admission_limit = Gauge(
+            "liverank_admission_limit", "Interactive calls let in at once while shedding", registry=r
+        )
         self.applied_offset = Gauge("liverank_applied_offset", "Last log offset applied", registry=r)
         self.watchers = Gauge("liverank_watchers", "Open WatchEnded calls", registry=r)
 
