@@ -56,11 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
             client.add_argument("stream_id")
 
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
-    bench.add_argument("name", choices=["first", "kernels", "serve"])
-    bench.add_argument("--streams", type=int, nargs="+", help="first, serve: sizes of the table")
+    bench.add_argument("name", choices=["first", "kernels", "serve", "overload"])
+    bench.add_argument("--streams", type=int, nargs="+", help="first, serve, overload: sizes of the table")
     bench.add_argument("--concurrency", type=int, nargs="+", help="serve: callers at once")
-    bench.add_argument("--seconds", type=float, help="serve: length of one turn of one server")
-    bench.add_argument("--quick", action="store_true", help="kernels, serve: few runs, small table")
+    bench.add_argument("--seconds", type=float, help="serve: length of one turn of one server; overload: of the flood")
+    bench.add_argument("--quick", action="store_true", help="kernels, serve, overload: few runs, small table")
 
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -95,6 +95,12 @@ def _run(options: argparse.Namespace) -> int:
         from loadtest.bench.serve import plan_from, run_serve
 
         return run_serve(plan_from(options.streams, options.concurrency, options.seconds, options.quick))
+    if options.command == "bench" and options.name == "overload":
+        from loadtest.bench.overload import plan_from as overload_plan
+        from loadtest.bench.overload import run_overload
+
+        streams = options.streams[0] if options.streams else None
+        return run_overload(overload_plan(streams, options.seconds, options.quick))
     if options.command == "bench":
         from loadtest.bench.first import run_first
 

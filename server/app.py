@@ -88,7 +88,8 @@ class App:
         self.metrics = Metrics()
         self.metrics.capacity_rows.set(settings.table.capacity)
         self.recorder = Recorder(self.metrics)
-        admission = Admission(settings.admission, settings.serve.max_queue_rows, self.recorder.shed)
+        serve = settings.serve
+        admission = Admission(settings.admission, serve.rank_threads, serve.max_queue_rows, self.recorder.shed)
         self.engine = Engine(
             settings, clock, table, features, streams, pipeline,
             EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, admission, on_fault,

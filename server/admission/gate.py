@@ -41,6 +41,7 @@ class Admission:
     Thread-safe; every method is a few microseconds.
 
     Args:
+        most_limit: where the limit starts, and its upper bound: interactive calls that are handled at once.
         most_calls: calls waiting at most, whatever the quality.
         on_shed: told the reason and priority of each refusal; any thread.
     """
@@ -48,13 +49,14 @@ class Admission:
     def __init__(
         self,
         settings: AdmissionSettings,
+        most_limit: int,
         most_calls: int,
         on_shed: Callable[[ShedReason, Priority], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._most_calls, self._on_shed, self._clock = settings, most_calls, on_shed, clock
-        least = min(settings.min_limit, most_calls)
-        self._limit = AdaptiveLimit(settings.target_wait_ms, least, most_calls, clock)
+        least = min(settings.min_limit, most_limit)
+        self._limit = AdaptiveLimit(settings.target_wait_ms, least, most_limit, clock)
         self._quality = QualityFactor(
             settings.quality_floor, settings.quality_step, settings.target_percentile, settings.hold_ms, clock
         )
@@ -89,13 +91,14 @@ class Admission:
             waiting = pending[priority]
             if waiting >= self._most_calls:
                 return self._shed(ShedReason.QUEUE_FULL, priority, f"{waiting} calls are already waiting", waiting)
-            if not self._quality.at_floor:
-                return None
             if priority is Priority.BATCH:
-                if interactive < self._limit.value / 2:
+                if interactive < self._limit.value / 2 or not self._quality.at_floor:
                     return None
                 return self._shed(ShedReason.BATCH_FIRST, priority, "interactive requests take all there is", waiting)
             if interactive < self.limit:
+                return None
+            if not self._quality.at_floor:
+                self._quality.answered(0, 1)  # it will be late; by the time that is measured, hundreds more came
                 return None
             self._over_limit += 1
             every = LOOKED_AT_AMONG_SEVERAL if len(self._clients) > 1 else LOOKED_AT_ALONE
@@ -141,12 +144,12 @@ class Admission:
     def answered(self, items: Sequence[Waiting[Any]], begun_s: float) -> None:
         """These were ranked together from ``begun_s`` until now. BATCH may be slow, so it says nothing of load."""
         now_s = self._clock()
-        interactive = [item for item in items if item.priority is Priority.INTERACTIVE]
-        too_late = sum((now_s - item.arrived_s) * 1000 > self._settings.target_ms for item in interactive)
+        arrived_s = [item.arrived_s for item in items if item.priority is Priority.INTERACTIVE]
+        too_late = sum((now_s - came_s) * 1000 > self._settings.target_ms for came_s in arrived_s)
         with self._lock:
-            for item in interactive:
-                self._limit.waited(item.arrived_s, (begun_s - item.arrived_s) * 1000)
-            self._quality.answered(len(interactive) - too_late, too_late)
+            waited_s = sum(begun_s - came_s for came_s in arrived_s)
+            self._limit.waited(len(arrived_s), 1000 * waited_s, 1000 * (now_s - begun_s))
+            self._quality.answered(len(arrived_s) - too_late, too_late)
             self._rates.served(sum(len(item) for item in items))
 
     # --- inside -------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class RankQueue(Generic[T]):
         for priority in sorted(Priority, reverse=batch_first):
             while room_rows and (item := self._fair[priority].pop(room_rows)):
                 self._calls -= 1
-                if self._claim(item, turn):
+                if self._claim(item, turn, now_s):
                     turn.rank.append(item)
                     room_rows -= len(item)
         waited = any(item.priority is Priority.BATCH for item in turn.rank) or not self._fair[Priority.BATCH]
@@ -139,16 +139,16 @@ class RankQueue(Generic[T]):
                 item.gone = True  # its fair queue passes it by
                 self._calls -= 1
                 self._fair[item.priority].left()
-                if item.deadline_s <= now_s:
-                    item.done.cancel()  # its caller has stopped waiting, or is about to
-                if self._claim(item, turn):
+                if self._claim(item, turn, now_s):
                     turn.late.append(item)
                     room_rows -= len(item)
             heapq.heappop(self._deadlines)
 
-    def _claim(self, item: Waiting[T], turn: Turn[T]) -> bool:
-        """Takes a call out of the count; False when nobody waits for it."""
+    def _claim(self, item: Waiting[T], turn: Turn[T], now_s: float = float("-inf")) -> bool:
+        """Takes a call out of the count; False when nobody waits for it, or is about to stop waiting."""
         self.rows -= len(item)
+        if item.deadline_s <= now_s:
+            item.done.cancel()
         if item.done.set_running_or_notify_cancel():
             return True
         turn.abandoned_rows += len(item)
