@@ -78,7 +78,7 @@ def plan_from(streams: int | None, seconds: float | None, quick: bool) -> Plan:
 
 
 def run_overload(plan: Plan = DEFAULT) -> int:
-    """Measures, prints a table and, last, a line of JSON. Returns 0, or 1 when calls failed otherwise than by shedding."""
+    """Measures, prints a table and, last, a line of JSON. Returns 0, or 1 when calls failed other than by shedding."""
     with tempfile.TemporaryDirectory(prefix="liverank-bench-") as folder:
         result = measure(Path(folder), plan)
     table = Table(title=f"{plan.streams:,} live, {result['offered_factor']} times the peak for {plan.seconds:.0f} s")
@@ -88,7 +88,7 @@ def run_overload(plan: Plan = DEFAULT) -> int:
         table.add_row(name, str(value))
     Console(width=110).print(table)
     print(json.dumps(result))
-    return 1 if result["other_errors"] or result["probe_errors"] else 0
+    return 1 if result["other_errors"] or result["probe_errors"] or result["peak_errors"] else 0
 
 
 def measure(folder: Path, plan: Plan) -> dict[str, Any]:
@@ -103,20 +103,22 @@ def measure(folder: Path, plan: Plan) -> dict[str, Any]:
         fill(channel, make_catalogue(plan.streams))
         wait_until_scored(channel)
         ask = channel.unary_unary("/liverank.v1.Ranking/Rank")  # bytes in, bytes out
-        peak = _peak(lambda request: ask(request, timeout=CALL_TIMEOUT_S), requests, plan)
+        peak, peak_errors = _peak(lambda request: ask(request, timeout=CALL_TIMEOUT_S), requests, plan)
         with _probes(server.address, plan.streams) as probes:
             flood = _flood(server, plan, plan.factor * peak)
     return {"bench": "overload", "streams": plan.streams, "peak_rps": round(peak, 1), **flood, **probes.summary()} | {
         "goodput_share": round(flood["goodput_rps"] / peak, 3),
         "offered_factor": round(flood["offered_rps"] / peak, 1),
         "slo_ms": SLO_MS,
+        "peak_errors": peak_errors,
     }
 
 
-def _peak(ask: Ask, requests: list[bytes], plan: Plan) -> float:
-    """Replies per second at the number of callers where it is highest."""
+def _peak(ask: Ask, requests: list[bytes], plan: Plan) -> tuple[float, dict[str, int]]:
+    """Replies per second at the number of callers where it is highest, and the errors of all runs."""
     closed_loop(ask, requests, max(plan.callers), min(1.0, plan.peak_seconds))
-    return max(closed_loop(ask, requests, callers, plan.peak_seconds).per_s for callers in plan.callers)
+    runs = [closed_loop(ask, requests, callers, plan.peak_seconds) for callers in plan.callers]
+    return max(run.per_s for run in runs), dict(sum((Counter(run.errors) for run in runs), Counter()))
 
 
 # --- the flood --------------------------------------------------------------------------------
@@ -212,8 +214,11 @@ class _Flooder:
         wall_s = time.monotonic() - begun_s
         found = [self._answers.get(timeout=2 * CALL_TIMEOUT_S) for _ in calls]
         return _digest(found) | {
-            "sent": len(calls), "wall_s": wall_s, "unsent": planned - len(calls), "worst_send_delay_ms": round(worst_s * 1000, 1),
-        }  # fmt: skip
+            "sent": len(calls),
+            "wall_s": wall_s,
+            "unsent": planned - len(calls),
+            "worst_send_delay_ms": round(worst_s * 1000, 1),
+        }
 
 
 def _digest(found: list[tuple[float, Any]]) -> dict[str, Any]:

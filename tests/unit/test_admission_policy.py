@@ -151,9 +151,7 @@ class Gate:
     def __init__(self, most_calls: int = 100, **changes: Any) -> None:
         self.time, self.shed = Time(), Counter[tuple[ShedReason, Priority]]()
         self.settings = AdmissionSettings(**changes)
-        self.admission = Admission(
-            self.settings, 100, most_calls, lambda r, p: self.shed.update([(r, p)]), self.time
-        )
+        self.admission = Admission(self.settings, 100, most_calls, lambda r, p: self.shed.update([(r, p)]), self.time)
 
     def call(self, priority: Priority = INTERACTIVE, interactive: int = 0, batch: int = 0) -> Overloaded | None:
         return self.admission.refuse_unseen(priority, {INTERACTIVE: interactive, BATCH: batch})
