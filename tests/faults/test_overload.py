@@ -13,7 +13,7 @@ def test_a_flood_is_shed_with_a_hint_while_goodput_health_liveness_and_ingest_go
     assert said["offered_factor"] > 1.5, "the generator must overload the server at all"
     assert said["shed"] > 100 and said["shed_with_hint"] == said["shed"]
     assert said["other_errors"] == 0 and said["errors"] == {} and said["peak_errors"] == {}
-    assert said["goodput_share"] > 0.5
+    assert said["goodput_share"] > 0.3, "a server that queues without end answers a few per cent in time"
     assert said["accepted_p50_ms"] < said["slo_ms"]
     assert said["degraded_share"] > 0.9, "quality went down before anything was shed, and replies say so"
     assert said["probe_errors"] == {} and said["probe_calls"] > 10
