@@ -68,7 +68,7 @@ class Plan:
 
 
 DEFAULT = Plan()
-QUICK = Plan(streams=40_000, callers=(4,), peak_seconds=1.0, seconds=1.5, settle_seconds=0.7, factor=3.0)
+QUICK = Plan(streams=20_000, callers=(4,), peak_seconds=0.8, seconds=1.2, settle_seconds=0.5, factor=3.0)
 
 
 def plan_from(streams: int | None, seconds: float | None, quick: bool) -> Plan:

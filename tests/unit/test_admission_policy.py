@@ -181,6 +181,13 @@ def test_nothing_is_shed_while_quality_can_still_be_lowered() -> None:
     assert not gate.shed
 
 
+def test_calls_beyond_the_limit_lower_quality_at_once_before_their_lateness_is_measured() -> None:
+    gate = Gate(most_calls=1_000)
+    refused = [gate.call(interactive=100 + i) is not None for i in range(20)]
+    assert gate.admission.quality == gate.settings.quality_floor
+    assert refused.index(True) < 12 and all(refused[12:15]), "a dozen more came in, not hundreds"
+
+
 def test_at_the_floor_batch_is_shed_before_interactive_and_then_both() -> None:
     gate = Gate()
     gate.to_floor(limit=20)
@@ -250,7 +257,7 @@ def test_the_hint_fits_the_backlog_and_differs_from_call_to_call() -> None:
     assert all(0.7 * 500 <= hint <= 1.3 * 500 for hint in hints), "50 wait, 100 a second are served"
 
 
-@given(st.integers(0, 10**6), st.integers(0, 10**4))
+@given(st.integers(0, 10**6), st.integers(0, 300))
 def test_hints_are_bounded(waiting: int, served: int) -> None:
     gate = Gate(most_calls=1)
     gate.answer(1_100, calls=served)
