@@ -23,7 +23,8 @@ class Waiting(Generic[T]):
     """A call, or a part of a large one.
 
     rows: what is to be ranked, one per viewer, at least one. client: who asks; fairness is between clients.
-    arrived_s, deadline_s: on the queue's clock. min_offset: not ranked before the table has applied it.
+    arrived_s, deadline_s: on the queue's clock. min_offset: not ranked before the table has applied it; the queue
+    moves arrived_s to when it was.
     done: resolves to one reply per row; cancelled by a caller who stops waiting.
     """
 

@@ -122,6 +122,7 @@ class RankQueue(Generic[T]):
             if item.done.cancelled():
                 self._claim(item, turn)
             elif item.min_offset <= applied_offset:
+                item.arrived_s = now_s  # until now it waited for a write, not for its turn
                 self._enter(item)
             elif closing or item.deadline_s <= now_s:
                 if self._claim(item, turn):

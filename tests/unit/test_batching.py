@@ -297,7 +297,9 @@ def test_a_call_with_an_offset_still_to_come_is_parked_and_holds_nobody_up() -> 
     other = bench.put("a", 1)
     assert bench.take(offset=4).rank == [other]
     assert bench.queue.due_in_s() is None and bench.queue.rows == 1
+    bench.now_s += 0.5
     assert bench.take(offset=5).rank == [parked]
+    assert parked.arrived_s == bench.now_s, "waiting for a write is no sign of load"
 
 
 def test_an_offset_that_does_not_come_is_told_at_the_deadline_or_when_closing() -> None:
