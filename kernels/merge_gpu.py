@@ -22,15 +22,16 @@ SOURCE_BITS = 27
 
 @triton.jit
 def _proposals(
-    view_slots_ptr, view_sources_ptr, personal_ptr, followed_ptr, excluded_ptr, b, v, column,
+    view_slots_ptr, view_sources_ptr, personal_ptr, followed_ptr, excluded_ptr, b, v, view_limit, personal_limit,
+    column,
     VIEW: tl.constexpr, PERSONAL: tl.constexpr, FOLLOWED: tl.constexpr, EXCLUDED: tl.constexpr,
 ):  # fmt: skip
     """Columns of (view, personal, followed, excluded), one after the other: (slots, -1: none; what they say)."""
-    in_view = column < VIEW
+    in_view = column < tl.minimum(view_limit, VIEW)
     slot = tl.load(view_slots_ptr + v * VIEW + column, mask=in_view, other=-1)
     says = tl.load(view_sources_ptr + v * VIEW + column, mask=in_view, other=0)
     at = column - VIEW
-    inside = (at >= 0) & (at < PERSONAL)
+    inside = (at >= 0) & (at < tl.minimum(personal_limit, PERSONAL))
     slot = tl.where(inside, tl.load(personal_ptr + b * PERSONAL + at, mask=inside, other=-1), slot)
     says = tl.where(inside, _PERSONAL, says)
     at -= PERSONAL
@@ -46,28 +47,29 @@ def _proposals(
 @triton.jit
 def _merge(
     view_slots_ptr, view_sources_ptr, filter_of_ptr, personal_ptr, followed_ptr, excluded_ptr,
-    slots_ptr, sources_ptr, counts_ptr, dropped_ptr,
+    view_limits_ptr, params_ptr, slots_ptr, sources_ptr, counts_ptr, dropped_ptr,
     personal_bit, followed_bit,
     VIEW: tl.constexpr, PERSONAL: tl.constexpr, FOLLOWED: tl.constexpr, EXCLUDED: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     v = tl.load(filter_of_ptr + b).to(tl.int64)
+    view_limit, personal_limit = tl.load(view_limits_ptr + b), tl.load(params_ptr + 6).to(tl.int32)
     n_kept = tl.zeros((BLOCK,), tl.int32)
     n_dropped = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
         slot, _ = _proposals(
-            view_slots_ptr, view_sources_ptr, personal_ptr, followed_ptr, excluded_ptr, b, v, column,
-            VIEW, PERSONAL, FOLLOWED, EXCLUDED,
+            view_slots_ptr, view_sources_ptr, personal_ptr, followed_ptr, excluded_ptr, b, v,
+            view_limit, personal_limit, column, VIEW, PERSONAL, FOLLOWED, EXCLUDED,
         )  # fmt: skip
         valid = (slot >= 0) & (column < VIEW + PERSONAL + FOLLOWED)
         learnt = tl.zeros((BLOCK, OTHERS), tl.int32)
         for first in range(0, VIEW + PERSONAL + FOLLOWED + EXCLUDED, OTHERS):
             other = first + tl.arange(0, OTHERS)
             theirs, says = _proposals(
-                view_slots_ptr, view_sources_ptr, personal_ptr, followed_ptr, excluded_ptr, b, v, other,
-                VIEW, PERSONAL, FOLLOWED, EXCLUDED,
+                view_slots_ptr, view_sources_ptr, personal_ptr, followed_ptr, excluded_ptr, b, v,
+                view_limit, personal_limit, other, VIEW, PERSONAL, FOLLOWED, EXCLUDED,
             )  # fmt: skip
             says = tl.where(other[None, :] < column[:, None], says[None, :] | _EARLIER, says[None, :])
             learnt |= tl.where(slot[:, None] == theirs[None, :], says, 0)
@@ -95,6 +97,8 @@ def merge_candidates(
     followed: torch.Tensor,
     followed_bit: int,
     excluded: torch.Tensor,
+    view_limits: torch.Tensor,
+    params: torch.Tensor,
     *,
     slots: torch.Tensor,
     sources: torch.Tensor,
@@ -108,6 +112,8 @@ def merge_candidates(
         filter_of: int32[B], row of the views. personal: int32[B, P], followed: int32[B, Wf], excluded: int32[B, We];
             in all of them -1 (anywhere) is none, and a slot may be there twice.
         personal_bit, followed_bit: below 1 << 27.
+        view_limits: int32[B], params: int64[8]; a request takes the first view_limits[b] of its view and the first
+            params[6] of its personal proposals, so that less is scored under pressure.
         slots, sources: int32[B, W], W >= Wv + P + Wf. A distinct proposal stands at the column of its first one,
             so the order is that of the CPU; the columns between hold -1 and no source.
         counts, dropped: int32[B], distinct proposals kept and dropped as excluded. kept + dropped = distinct.
@@ -127,6 +133,8 @@ def merge_candidates(
     require_tensor("filter_of", filter_of, torch.int32, (None,), device)
     for name, proposals in (("personal", personal), ("followed", followed), ("excluded", excluded)):
         require_tensor(name, proposals, torch.int32, (batch, None), device)
+    require_tensor("view_limits", view_limits, torch.int32, (batch,), device)
+    require_tensor("params", params, torch.int64, (8,), device)
     require_tensor("slots", slots, torch.int32, (batch, None), device)
     require_tensor("sources", sources, torch.int32, slots.shape, device)
     require_tensor("counts", counts, torch.int32, (batch,), device)
@@ -140,8 +148,8 @@ def merge_candidates(
     if batch == 0:
         return
     _merge[(batch,)](
-        view_slots, view_sources, filter_of, personal, followed, excluded, slots, sources, counts, dropped,
-        personal_bit, followed_bit,
+        view_slots, view_sources, filter_of, personal, followed, excluded, view_limits, params,
+        slots, sources, counts, dropped, personal_bit, followed_bit,
         VIEW=view, PERSONAL=personal.shape[1], FOLLOWED=followed.shape[1], EXCLUDED=excluded.shape[1],
         WIDTH=slots.shape[1], BLOCK=_BLOCK, OTHERS=_OTHERS, num_warps=_WARPS,
     )  # fmt: skip
@@ -150,7 +158,7 @@ def merge_candidates(
 AOT = [
     Compiled(
         _merge,
-        "*i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 i32 i32",
+        "*i32 *i32 *i32 *i32 *i32 *i32 *i32 *i64 *i32 *i32 *i32 *i32 i32 i32",
         {
             "VIEW": width // 2, "PERSONAL": width // 4, "FOLLOWED": width // 4, "EXCLUDED": 64,
             "WIDTH": width, "BLOCK": _BLOCK, "OTHERS": _OTHERS,

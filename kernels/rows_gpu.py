@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 
 from kernels.aot import Compiled
 from kernels.checks_gpu import require_tensor
@@ -31,12 +30,6 @@ IDENTITY = np.dtype(
      ("age_rating", "<i4"), ("id_length", "<i4"), ("", "<i4"), ("id_words", "<i8", (ID_WORDS,))]
 )  # fmt: skip
 """What moves when a session starts: 96 bytes. The embedding is the search engine's (kernels/topk_gpu.py)."""
-
-
-def id_words(ids: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """int64[n, 8] of zero-padded ids uint8[n, 64]: big-endian words whose signed order is the order of the bytes."""
-    words = np.ascontiguousarray(ids).view(">u8").astype(np.uint64) ^ np.uint64(1 << 63)
-    return words.view(np.int64)
 
 
 class LivenessTarget(NamedTuple):

@@ -81,12 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--config", type=Path, help="settings file (TOML)")
 
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
-    bench.add_argument("name", choices=["faults", "first", "kernels", "liveness", "recovery", "serve"])
-    bench.add_argument("--streams", type=int, nargs="+", help="first, serve, recovery: sizes of the table")
+    bench.add_argument("name", choices=["faults", "first", "kernels", "liveness", "overload", "recovery", "serve"])
+    bench.add_argument("--streams", type=int, nargs="+", help="first, serve, overload, recovery: sizes of the table")
     bench.add_argument("--events", type=int, help="recovery: events in the log")
     bench.add_argument("--concurrency", type=int, nargs="+", help="serve: callers at once")
-    bench.add_argument("--seconds", type=float, help="serve: of one turn; liveness: of the run; faults: of the soak")
-    bench.add_argument("--quick", action="store_true", help="kernels, serve: few runs, small table; faults: short soak")
+    bench.add_argument(
+        "--seconds", type=float, help="serve: of one turn; overload: of the flood; liveness, faults: of the run or soak"
+    )
+    bench.add_argument("--quick", action="store_true", help="few runs, small table; faults: short soak")
     bench.add_argument("--only", nargs="+", help="faults: play only these")
 
     options = parser.parse_args(arguments)
@@ -148,6 +150,12 @@ def _run(options: argparse.Namespace) -> int:
         from loadtest.bench.faults import run_faults
 
         return run_faults(options.only, options.seconds, options.quick)
+    if options.command == "bench" and options.name == "overload":
+        from loadtest.bench.overload import plan_from as overload_plan
+        from loadtest.bench.overload import run_overload
+
+        streams = options.streams[0] if options.streams else None
+        return run_overload(overload_plan(streams, options.seconds, options.quick))
     if options.command == "bench":
         from loadtest.bench.first import run_first
 

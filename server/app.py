@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from liverank.v1 import admin_pb2, admin_pb2_grpc, ingest_pb2, liveness_pb2, liveness_pb2_grpc, ranking_pb2
 
 from kernels.backend import Backend, DeviceError, choose
+from server.admission.gate import Admission
 from server.clock import Clock
 from server.config import Settings
 from server.engine import Engine
@@ -25,6 +26,7 @@ from server.recorder import Recorder
 from server.recovery import recover
 from server.retrieval.registry import make_search
 from server.rpc.admin import AdminService
+from server.rpc.admission import AdmissionInterceptor
 from server.rpc.auth import Gatekeeper
 from server.rpc.control import Control
 from server.rpc.encode import encode_replies
@@ -45,6 +47,8 @@ from server.world import build_world
 
 logger = logging.getLogger(__name__)
 
+OTHER_THREADS = 16
+"""Unary calls outside Ranking that are handled at once."""
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
@@ -105,9 +109,11 @@ class App:
         world = build_world(settings, clock, features, book, backend, search, self.recorder.ranked_on_host)
         self.metrics.capacity_rows.set(settings.table.capacity)
         self.gate = Gate(settings.security, clock, self.metrics)
+        serve = settings.serve
+        admission = Admission(settings.admission, serve.rank_threads, serve.max_queue_rows, self.recorder.shed)
         self.engine = Engine(
             settings, clock, world.table, features, world.streams, world.pipeline,
-            EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, on_fault,
+            EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, admission, on_fault,
         )  # fmt: skip
         self._log = open_log(settings, clock, self.engine, self.metrics, on_fault)
         self._commit = self._log.commit
@@ -126,12 +132,13 @@ class App:
             self.recorder.model_called,
         )
         self._slots = StreamSlots(settings.serve.max_open_streams)
-        # Streaming calls hold a thread each; unary calls have threads of their own beside them.
-        threads = settings.serve.rank_threads + settings.serve.max_open_streams
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
+        # Streaming calls hold a thread each; unary calls have threads of their own beside them, those of Ranking
+        # in the interceptor: however many there are, health and liveness are answered.
+        self._pool = ThreadPoolExecutor(OTHER_THREADS + settings.serve.max_open_streams, thread_name_prefix="rpc")
+        self._admission = AdmissionInterceptor(admission, self.recorder, settings.serve.rank_threads)
         self._grpc = grpc.server(
             self._pool,
-            interceptors=(Gatekeeper(self.gate, self.recorder),),
+            interceptors=(self._admission, Gatekeeper(self.gate, self.recorder)),
             options=[
                 ("grpc.max_receive_message_length", settings.serve.max_message_bytes),
                 ("grpc.max_send_message_length", settings.serve.max_message_bytes),
@@ -228,6 +235,7 @@ class App:
         self._log.close()
         self._stop_metrics()
         self.gate.stop()
+        self._admission.close()
         self._pool.shutdown(wait=False)
         logger.info("drained %s", "cleanly" if clean else "with calls cut off")
         return clean

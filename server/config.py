@@ -28,13 +28,24 @@ class ServeSettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(7710, ge=0, le=65535, description="gRPC port; 0: a free one")
     metrics_port: int = Field(7711, ge=0, le=65535, description="Prometheus port; 0: a free one")
-    rank_threads: int = Field(32, ge=1, le=1024, description="unary calls handled at once")
+    rank_threads: int = Field(128, ge=1, le=1024, description="Rank calls handled at once; each waits in a thread")
     max_open_streams: int = Field(64, ge=1, le=4096, description="open Publish and WatchEnded calls")
     max_queue_rows: int = Field(4096, ge=1, description="viewers waiting to be ranked")
     max_batch_rows: int = Field(64, ge=1, description="viewers ranked together")
+    batch_window_us: int = Field(200, ge=0, le=10_000, description="under load, how long a batch may take to fill")
     max_message_bytes: int = Field(16 << 20, ge=1 << 10)
     drain_grace_ms: Milliseconds = 10_000
     watch_buffer: int = Field(65_536, ge=16, description="ends remembered and buffered per watcher")
+
+
+class AdmissionSettings(_Section):
+    target_ms: Milliseconds = Field(200, description="arrival to reply of an interactive request")
+    target_percentile: float = Field(95.0, gt=0.0, lt=100.0, description="share of requests that meet it, per cent")
+    target_wait_ms: Milliseconds = Field(50, description="mean wait that the limit settles at, beyond one batch")
+    min_limit: int = Field(8, ge=1, description="interactive requests that are always let in")
+    quality_floor: float = Field(0.25, gt=0.0, le=1.0, description="least share of candidates; below it, shed")
+    quality_step: float = Field(0.005, gt=0.0, le=0.1, description="the factor's step up, per request in time")
+    hold_ms: Milliseconds = Field(1_000, description="quality does not rise so soon after shedding")
 
 
 class TableSettings(_Section):
@@ -194,6 +205,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="LIVERANK_", env_nested_delimiter="__")
 
     serve: ServeSettings = ServeSettings()
+    admission: AdmissionSettings = AdmissionSettings()
     table: TableSettings = TableSettings()
     log: LogSettings = LogSettings()
     snapshot: SnapshotSettings = SnapshotSettings()

@@ -21,9 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels import fence
+from server.admission.gate import Admission
+from server.batching.base import Priority, Turn, Waiting, hand_out
+from server.batching.queue import RankQueue
 from server.clock import Clock
 from server.config import Settings
-from server.errors import Draining, LiverankError, OffsetNotReached, Overloaded
+from server.errors import Draining, LiverankError, OffsetNotReached
 from server.live.ends import EndFeed
 from server.live.events import DecodedBatch
 from server.live.features import FeatureSet
@@ -54,12 +57,6 @@ class PublishResult:
     codes: NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    queries: list[RankQuery]
-    done: Future[list[bytes]]
-
-
 Encoder = Callable[[SlateBatch, ReplyState, LiveTable, float], list[bytes]]
 
 
@@ -68,6 +65,7 @@ class Engine:
 
     Args:
         encode: turns a ranked batch into one serialised RankResponse per request.
+        admission: told how long requests took; gives the quality factor.
         on_fault: called once, from the engine thread, if it must give up: its table cannot be trusted.
     """
 
@@ -82,6 +80,7 @@ class Engine:
         ends: EndFeed,
         recorder: Recorder,
         encode: Encoder,
+        admission: Admission,
         on_fault: Callable[[], None],
     ) -> None:
         self.settings, self.clock, self.table = settings, clock, table
@@ -93,6 +92,7 @@ class Engine:
         self.table_ms = 0
         """Up to which leases were expired."""
         self._end_times = EndTimes(settings.serve.watch_buffer)
+        self.admission = admission
         self.scores = RefreshResult(
             np.zeros(0, np.int32), np.zeros(0, np.uint32), None, None, Level.FORMULA,
             ("no scores yet",), "", clock.now_ms(), 0,
@@ -102,11 +102,10 @@ class Engine:
         self._refresher: Refresher | None = None
         self._wake = threading.Condition()
         self._committed: deque[list[Committed]] = deque()
-        self._rank: deque[_Waiting] = deque()
-        self._rank_rows = 0
+        serve = settings.serve
+        self._queue: RankQueue[RankQuery] = RankQueue(serve.max_batch_rows, serve.batch_window_us / 1e6)
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._results: deque[RefreshResult] = deque()
-        self._parked: list[_Waiting] = []
         self._in_hand: list[Future[Any]] = []  # taken from the queues in this turn of the loop
         self._touched: list[NDArray[np.int32]] = []
         self._next_tick_s = 0.0
@@ -148,23 +147,33 @@ class Engine:
             self._results.append(result)
             self._wake.notify()
 
-    def rank(self, queries: list[RankQuery]) -> list[Future[list[bytes]]]:
+    def rank(
+        self,
+        queries: list[RankQuery],
+        client: str = "",
+        priority: Priority = Priority.INTERACTIVE,
+        arrived_s: float | None = None,
+    ) -> list[Future[list[bytes]]]:
         """Queues viewers to be ranked; resolves to one serialised RankResponse each, in order.
 
         One future per ``max_batch_rows`` viewers: between the parts of a large call the engine applies
-        events and ticks. All or nothing is queued.
+        events and ticks. All or nothing is queued. ``arrived_s``: when the call came, monotonic; None: now.
 
         Raises:
             Overloaded: too many viewers wait already. Draining: the engine has not started, or stops.
         """
         step = self.settings.serve.max_batch_rows
-        parts = [_Waiting(queries[i : i + step], Future()) for i in range(0, len(queries), step)]
+        arrived_s = time.monotonic() if arrived_s is None else arrived_s
+        parts: list[Waiting[RankQuery]] = []
+        for i in range(0, len(queries), step):
+            rows = queries[i : i + step]
+            deadline_s, offset = min(q.deadline_s for q in rows), max(q.min_offset for q in rows)
+            parts.append(Waiting(rows, client, priority, arrived_s, deadline_s, offset, Future()))
         with self._wake:
             self._check_open()
-            if self._rank_rows + len(queries) > max(self.settings.serve.max_queue_rows, len(queries)):
-                raise Overloaded(f"{self._rank_rows} viewers are already waiting")
-            self._rank_rows += len(queries)
-            self._rank.extend(parts)
+            if self._queue.rows + len(queries) > max(self.settings.serve.max_queue_rows, len(queries)):
+                raise self.admission.full(self._queue.rows, priority)
+            self._queue.put(parts, self.applied_offset)
             self._wake.notify()
         return [part.done for part in parts]
 
@@ -180,7 +189,7 @@ class Engine:
     @property
     def queued_rows(self) -> int:
         """Viewers that wait to be ranked."""
-        return self._rank_rows
+        return self._queue.rows
 
     def stop(self) -> None:
         """Finishes what is queued, then ends the thread."""
@@ -230,7 +239,7 @@ class Engine:
     def _fail_everything(self, error: LiverankError) -> None:
         with self._wake:
             self._stopping = self._failed = True
-            futures = self._in_hand + [w.done for w in (*self._rank, *self._parked)]
+            futures = self._in_hand + [w.done for w in self._queue.waiting()]
             futures += [done for _, done in self._calls]
             futures += _waiting_for(self._committed)
         for future in futures:
@@ -240,14 +249,14 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(self._has_work, timeout=max(0.0, self._next_tick_s - time.monotonic()))
+                while (idle_s := self._idle_s()) > 0:
+                    self._wake.wait(idle_s)
                 groups, self._committed = list(self._committed), deque()
                 results, self._results = list(self._results), deque()
                 calls, self._calls = list(self._calls), deque()
-                waiting = self._take_rank_batch()
                 self._in_hand = _waiting_for(groups)
-                self._in_hand += [done for _, done in calls] + [w.done for w in waiting]
-                finished = self._stopping and not (groups or results or calls or waiting or self._parked)
+                self._in_hand += [done for _, done in calls]
+                finished = self._stopping and not (groups or results or calls or self._queue.rows)
             if finished:
                 return
             for group in groups:
@@ -259,22 +268,17 @@ class Engine:
                 self._next_tick_s = time.monotonic() + self.settings.rank.tick_ms / 1000
             for function, done in calls:
                 _resolve(done, function)
-            waiting = self._ready(waiting)
-            if waiting:
-                self._rank_batch(waiting)
+            with self._wake:  # last, so that it sees the offsets applied above
+                turn = self._queue.take(self.applied_offset, self._budget_s(), closing=self._stopping)
+                self._in_hand += [item.done for item in turn.taken()]
+            self._answer(turn)
 
-    def _has_work(self) -> bool:
-        return bool(self._committed or self._rank or self._calls or self._results or self._stopping)
-
-    def _take_rank_batch(self) -> list[_Waiting]:
-        """As many waiting calls, or parts of calls, as fit a batch."""
-        taken: list[_Waiting] = []
-        rows = 0
-        while self._rank and (not taken or rows + len(self._rank[0].queries) <= self.settings.serve.max_batch_rows):
-            taken.append(self._rank.popleft())
-            rows += len(taken[-1].queries)
-        self._rank_rows -= rows
-        return taken
+    def _idle_s(self) -> float:
+        """Seconds until there is something to do, unless something comes."""
+        if self._committed or self._calls or self._results or self._stopping:
+            return 0.0
+        to_tick_s, to_turn_s = self._next_tick_s - time.monotonic(), self._queue.due_in_s()
+        return to_tick_s if to_turn_s is None else min(to_tick_s, to_turn_s)
 
     def _guard(self, step: Callable[[], None], name: str) -> None:
         """An unexpected fault in a periodic step is logged and counted; the engine must go on answering."""
@@ -350,7 +354,8 @@ class Engine:
             self._touched.clear()
         self._refresh_scores(now_ms)
         self.take_snapshot(now_ms)
-        self._recorder.ticked(self.table, self.streams, expired, self._rank_rows, time.perf_counter() - started)
+        self._recorder.ticked(self.table, self.streams, expired, self._queue.rows, time.perf_counter() - started)
+        self._recorder.admitted(self.admission.quality, self.admission.limit)
         state = self.reply_state()
         self._recorder.disclosed(state.level, state.score_age_ms, state.applied_offset)
         self._recorder.clock_stepped(self.clock.stepped_ms())
@@ -410,74 +415,62 @@ class Engine:
 
     # --- ranking ------------------------------------------------------------------------------
 
-    def _ready(self, waiting: list[_Waiting]) -> list[_Waiting]:
-        """Drops calls nobody waits for, parks those whose min_offset is still to come."""
-        now_s = time.monotonic()
-        ready: list[_Waiting] = []
-        parked: list[_Waiting] = []
-        for item in self._parked + waiting:
-            if not item.done.running() and not item.done.set_running_or_notify_cancel():
-                self._recorder.abandoned(len(item.queries))
-                continue
-            wanted = max(q.min_offset for q in item.queries)
-            if wanted <= self.applied_offset:
-                ready.append(item)
-            elif self._stopping or min(q.deadline_s for q in item.queries) <= now_s:
-                item.done.set_exception(OffsetNotReached(f"min_offset: {wanted} wanted, {self.applied_offset} applied"))
-            else:
-                parked.append(item)
-        self._parked = parked
-        return ready
+    def _budget_s(self) -> float:
+        """Time that ranking a batch takes."""
+        return max(self._batch_s, self.settings.rank.min_budget_ms / 1000)
 
-    def _rank_batch(self, waiting: list[_Waiting]) -> None:
+    def _answer(self, turn: Turn[RankQuery]) -> None:
+        if turn.abandoned_rows:
+            self._recorder.abandoned(turn.abandoned_rows)
+        for item in turn.unreached:
+            problem = f"min_offset: {item.min_offset} wanted, {self.applied_offset} applied"
+            item.done.set_exception(OffsetNotReached(problem))
+        if not (turn.rank or turn.late):
+            return
         started_s = time.monotonic()
-        budget_s = max(self._batch_s, self.settings.rank.min_budget_ms / 1000)
-        in_time = [w for w in waiting if min(q.deadline_s for q in w.queries) - started_s >= budget_s]
-        late = [w for w in waiting if min(q.deadline_s for q in w.queries) - started_s < budget_s]
-        for items, popular in ((in_time, False), (late, True)):
-            if not items:
-                continue
-            try:
-                replies = self._rank_queries([q for w in items for q in w.queries], popular)
-            except Exception as error:
-                if not isinstance(error, LiverankError):
-                    logger.exception("unexpected fault while ranking")
-                    self._recorder.fault("rank")
-                for item in items:
-                    item.done.set_exception(error)
-                continue
-            at = 0
-            for item in items:
-                item.done.set_result(replies[at : at + len(item.queries)])
-                at += len(item.queries)
+        self._rank_batch(turn.rank, popular=False)
+        self._rank_batch(turn.late, popular=True)
         # Half-life of about 5 batches: follows load, ignores one slow batch.
         self._batch_s += 0.13 * (min(time.monotonic() - started_s, 0.1) - self._batch_s)
+
+    def _rank_batch(self, items: list[Waiting[RankQuery]], popular: bool) -> None:
+        if not items:
+            return
+        started_s = time.monotonic()
+        try:
+            replies = self._rank_queries([query for item in items for query in item.rows], popular)
+        except Exception as error:
+            if not isinstance(error, LiverankError):
+                logger.exception("unexpected fault while ranking")
+                self._recorder.fault("rank")
+            for item in items:
+                item.done.set_exception(error)
+            return
+        hand_out(items, replies)
+        self.admission.answered(items, started_s)
+        self._recorder.waited(items, started_s)
 
     def _rank_queries(self, queries: list[RankQuery], popular: bool) -> list[bytes]:
         batch = build_batch(queries, self.table, self.streams.book)
         started_s = time.monotonic()
-        slates = self.pipeline.popular(batch) if popular else self.pipeline.rank(batch)
-        state = self.reply_state(popular)
+        quality = self.admission.quality
+        slates = self.pipeline.popular(batch) if popular else self.pipeline.rank(batch, quality)
+        state = self.reply_state(popular, quality)
         replies = self._encode(slates, state, self.table, started_s)
         shown = slates.slots[slates.slots >= 0]
         np.add.at(self.streams.exposures, shown, 1)
         self._recorder.ranked(slates, state.level.name.lower(), started_s)
         return replies
 
-    def reply_state(self, popular: bool = False) -> ReplyState:
+    def reply_state(self, popular: bool = False, quality: float = 1.0) -> ReplyState:
         """What replies disclose now."""
         scores = self.scores
         age_ms = max(0, self.clock.now_ms() - scores.as_of_ms)
         if popular:
-            return ReplyState(
-                self.applied_offset,
-                "popular",
-                Level.POPULAR,
-                ("deadline: no time left to rank", *scores.reasons),
-                0,
-            )
+            reasons = ("deadline: no time left to rank", *scores.reasons)
+            return ReplyState(self.applied_offset, "popular", Level.POPULAR, reasons, 0)
         version = scores.model_version or "formula"
-        return ReplyState(self.applied_offset, version, scores.level, scores.reasons, age_ms)
+        return ReplyState(self.applied_offset, version, scores.level, scores.reasons, age_ms, quality)
 
 
 def _waiting_for(groups: Iterable[list[Committed]]) -> list[Future[Any]]:

@@ -69,19 +69,15 @@ class OffsetNotReached(Refused):
 
 
 class Overloaded(LiverankError):
-    """A bounded queue or pool is full; retry later."""
+    """A bounded queue or pool is full; retry after ``retry_ms``."""
+
+    def __init__(self, problem: str, retry_ms: int = 50) -> None:
+        super().__init__(problem)
+        self.retry_ms = retry_ms
 
 
 class RateLimited(Overloaded):
-    """A client asks more often than it may.
-
-    Args:
-        retry_after_ms: when its next call will be let through.
-    """
-
-    def __init__(self, problem: str, retry_after_ms: int = 1_000) -> None:
-        super().__init__(problem)
-        self.retry_after_ms = retry_after_ms
+    """A client asks more often than it may; its next call will be let through after ``retry_ms``."""
 
 
 class ResumeGone(LiverankError):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from liverank.v1 import ingest_pb2
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from kernels import fence
 from kernels.slate import Outcome
 from kernels.verify import Drop
+from server.admission.gate import ShedReason
+from server.batching.base import Priority, Waiting
 from server.live.events import KIND_NAMES, EventColumns, Rejection
 from server.live.features import FeatureSet, State
 from server.live.impressions import Cause
@@ -43,6 +46,8 @@ class Recorder:
         self.model_transport: Callable[[], str] = lambda: ""
         """How tensors travel to the model now."""
         self._dead_by = {cause: metrics.dead_impressions.labels(cause.value) for cause in Cause}
+        self._waits = {p: metrics.queue_wait_seconds.labels(p.name.lower()) for p in Priority}
+        self._shed = {(r, p): metrics.shed.labels(r.value, p.name.lower()) for r in ShedReason for p in Priority}
         self.events_applied = 0
         self.events_rejected = 0
 
@@ -160,6 +165,15 @@ class Recorder:
         if method in ("Rank", "RankBatch"):
             self.metrics.rank_requests.labels(code, "none").inc()
 
+    def shed(self, reason: ShedReason, priority: Priority) -> None:
+        """A request was turned away. Any thread."""
+        self._shed[reason, priority].inc()
+
+    def waited(self, items: Sequence[Waiting[Any]], begun_s: float) -> None:
+        """These are ranked from ``begun_s`` on."""
+        for item in items:
+            self._waits[item.priority].observe(max(0.0, begun_s - item.arrived_s))
+
     def abandoned(self, viewers: int) -> None:
         """Callers went away before their turn."""
         self.metrics.rank_requests.labels("abandoned", "none").inc(viewers)
@@ -179,6 +193,11 @@ class Recorder:
         live = table.columns.state[: table.rows] == fence.LIVE
         for rule, count in count_by_first_rule(streams.book, streams.rule_bits[: table.rows][live]).items():
             m.excluded_by_rule.labels(rule).set(count)
+
+    def admitted(self, quality: float, limit: int) -> None:
+        """What admission has settled at."""
+        self.metrics.quality_factor.set(quality)
+        self.metrics.admission_limit.set(limit)
 
     def disclosed(self, level: int, score_age_ms: int, applied_offset: int) -> None:
         """What replies say about themselves now."""

@@ -28,9 +28,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     reply = options.reply_file.read_bytes()
     ours = ServeSettings()
-    server = grpc.server(
-        ThreadPoolExecutor(ours.rank_threads + ours.max_open_streams), options=[("grpc.so_reuseport", 0)]
-    )
+    server = grpc.server(ThreadPoolExecutor(ours.rank_threads), options=[("grpc.so_reuseport", 0)])
     handler = grpc.unary_unary_rpc_method_handler(lambda request, context: reply)  # bytes in, bytes out
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("liverank.v1.Ranking", {"Rank": handler}),))
     port = server.add_insecure_port("127.0.0.1:0")

@@ -53,7 +53,8 @@ class Contestant:
 
 
 def our_settings(streams: int) -> dict[str, dict[str, object]]:
-    """Defaults, but for room, the model in process, and starts in the past."""
+    """Defaults, but for room, the model in process, starts in the past, and equal work: however loaded the machine
+    is, all candidates are scored and nothing is shed."""
     return {
         "table": {
             "capacity": streams + 1_000,
@@ -63,6 +64,7 @@ def our_settings(streams: int) -> dict[str, dict[str, object]]:
             "tombstone_ms": 3 * OLDEST_MS,
         },
         "scoring": {"mode": "local"},
+        "admission": {"target_ms": 60_000},
     }
 
 

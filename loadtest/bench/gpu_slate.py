@@ -136,10 +136,11 @@ class _Batch:
             put(np.arange(v) % 2 == 0), put(rng.random((v, LANGUAGES)) < 0.5),
             put(np.ones(v, np.bool_)), put(np.zeros((v, CATEGORIES), np.bool_)),
         )  # fmt: skip
-        self.params = put(np.array([NOW_MS, n, b, 1, 600_000, 0, 0, 0], np.int64))
+        self.params = put(np.array([NOW_MS, n, b, 1, 600_000, NOW_MS, k, 0], np.int64))
         self.views, self.view_sources = self._slots(rng, v, self.view_width), put(self._ints(rng, (v, self.view_width)))
         self.personal, self.followed = (self._slots(rng, b, w) for w in (self.personal_width, self.followed_width))
         self.excluded = self._slots(rng, b, 16)
+        self.view_limits = put(np.full(b, k, np.int32))
         self.filter_of = put(np.arange(b, dtype=np.int32) % v)
         self.utility = put(rng.random((b, k)).astype(np.float32))
         self.limits, self.explore = self._column(size.limit), self._column(max(1, size.limit // 12))
@@ -200,7 +201,8 @@ class _Batch:
     def _merge(self) -> None:
         merge_candidates(
             self.views, self.view_sources, self.filter_of, self.personal, PERSONAL, self.followed, FOLLOWED,
-            self.excluded, slots=self.slots, sources=self.sources, counts=self.counts, dropped=self.dropped,
+            self.excluded, self.view_limits, self.params,
+            slots=self.slots, sources=self.sources, counts=self.counts, dropped=self.dropped,
         )  # fmt: skip
 
     def _select(self) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kernels import counters_gpu, features_gpu, rows_gpu, rules_gpu
 from kernels.backend import Backend
 from kernels.counters import HALF_LIVES_MS, N_COUNTERS, Grown
+from kernels.idmap import id_words
 from kernels.programs import FeatureProgram, RuleProgram
 from server.live.columns import SKETCH_REGISTERS, Columns
 from server.live.staging import Staging
@@ -87,7 +88,7 @@ class DeviceTable:
         self.columns["rule_bits"][:] = rules_gpu.UNASSESSED
         self.columns["trend"][:] = np.nan
         self.columns["winner"][:] = -1
-        empty_id = rows_gpu.id_words(np.zeros((1, 8 * words), np.uint8))
+        empty_id = id_words(np.zeros((1, 8 * words), np.uint8))
         self.columns["id_words"][:] = int(empty_id[0, 0])
         self.tensors: dict[str, torch.Tensor] = {name: backend.view(column) for name, column in self.columns.items()}
         t = self.tensors
@@ -273,4 +274,4 @@ def _pack_identity(records: NDArray[Any], slots: NDArray[np.int32], host: Column
     for name in ("creator", "language", "category", "region", "age_rating"):
         records[name] = getattr(host, name)[slots]
     records["id_length"] = host.id_lengths[slots]
-    records["id_words"] = rows_gpu.id_words(host.ids[slots])
+    records["id_words"] = id_words(host.ids[slots])

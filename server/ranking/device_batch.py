@@ -26,7 +26,7 @@ EXCLUDED = 256
 """Streams that one request may exclude on the device."""
 MOST_CANDIDATES = 1024
 """What the slate kernel takes without spilling registers (kernels/slate_gpu.py)."""
-_PER_REQUEST = ("limits", "explore_slots", "creator_caps", "category_caps", "filter_of")
+_PER_REQUEST = ("limits", "explore_slots", "creator_caps", "category_caps", "filter_of", "view_limits")
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,26 @@ class RankBuffers:
         self.graph: Any = None
 
     def fill(
-        self, batch: QueryBatch, places: NDArray[np.int32], followed: Proposals, snapshot: Snapshot, now_ms: int
+        self,
+        batch: QueryBatch,
+        places: NDArray[np.int32],
+        view_limits: NDArray[np.int32],
+        personal_limit: int,
+        followed: Proposals,
+        snapshot: Snapshot,
     ) -> None:
         """Writes a batch into the host side; the rows behind it become requests that want nothing.
 
         Args:
-            places: int32[V], where the batch's filters are among the tick's. now_ms: for the last check.
+            places: int32[V], where the batch's filters are among the tick's.
+            view_limits: int32[B], personal_limit: how many candidates of each kind are scored.
         """
         self.inputs.settle()
         n, host = len(batch), self.inputs.host
         exclude_bits, fresh_age_ms = snapshot.streams.book.exclude_bits, snapshot.settings.fresh_age_ms
-        host["params"][:6] = (now_ms, snapshot.rows, n, exclude_bits, fresh_age_ms, snapshot.now_ms)
+        # The first is the time of the last check: set when the batch starts.
+        host["params"][1:7] = (snapshot.rows, n, exclude_bits, fresh_age_ms, snapshot.now_ms, personal_limit)
+        host["view_limits"][:n], host["view_limits"][n:] = view_limits, 0
         host["queries"][:n], host["queries"][n:] = batch.queries, 0.0
         for name in ("limits", "explore_slots", "creator_caps", "category_caps"):
             host[name][:n], host[name][n:] = getattr(batch, name), int(name.endswith("caps"))

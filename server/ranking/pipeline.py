@@ -22,6 +22,9 @@ from server.retrieval.sources import SOURCES, Batch, bit_of
 from server.retrieval.streams import StreamState
 from server.retrieval.view import Snapshot, View
 
+_LEAST_PER_PLACE = 2
+"""Candidates per place of the slate and its reserve that are scored at any quality: caps and ends take some."""
+
 
 class Pipeline:
     """Ranks batches against the table. Called by the engine thread only."""
@@ -34,15 +37,18 @@ class Pipeline:
         self._followed_bit, self._fresh_bit = bit_of("followed"), bit_of("fresh")
         self.snapshot = Snapshot(table, streams, settings.retrieval, 0, np.zeros(0, np.int32))
 
-    def rank(self, batch: QueryBatch) -> SlateBatch:
+    def rank(self, batch: QueryBatch, quality: float = 1.0) -> SlateBatch:
         """The whole way of B requests.
 
         Every stage either keeps or counts: kept + removed = offered, stage by stage.
+
+        Args:
+            quality: share of the candidates to score, in (0, 1]; enough to fill the slate are scored at any.
         """
         clock = _StageClock()
         filters = self.snapshot.filter_columns(batch.filters)
         views = [self._view(key, filters, v) for v, key in enumerate(batch.filters)]
-        candidates = self._retrieve(batch, views)
+        candidates = self._retrieve(batch, views, quality)
         clock.stage("retrieve_us")
         utility, similarity = self._blend(batch, candidates[0], candidates[1])
         scored = Candidates(*candidates, utility, similarity)
@@ -108,39 +114,48 @@ class Pipeline:
             ]
             slots = np.concatenate([slots for slots, _ in found])
             sources = np.concatenate([np.full(len(slots), bit, np.uint32) for slots, bit in found])
+            order = np.argsort(np.concatenate([np.arange(len(s)) / max(1, len(s)) for s, _ in found]), kind="stable")
             # Merged here once, so that requests merge only what is theirs.
             merged, bits, counts, _ = merge_candidates(
-                slots, sources, np.array([0, len(slots)]), np.zeros(0, np.int32), np.zeros(2, np.int64),
-                self._table.rows,
+                slots[order], sources[order], np.array([0, len(slots)]), np.zeros(0, np.int32),
+                np.zeros(2, np.int64), self._table.rows,
             )  # fmt: skip
             view = View(eligible, merged[0, : counts[0]], bits[0, : counts[0]])
             self.snapshot.views[key] = view
         return view
 
     def _retrieve(
-        self, batch: QueryBatch, views: list[View]
+        self, batch: QueryBatch, views: list[View], quality: float
     ) -> tuple[NDArray[np.int32], NDArray[np.uint32], NDArray[np.int32], NDArray[np.int32]]:
         """Candidates of every request: its view's, then those of the query sources; merged, attributed."""
-        eligible = np.stack([view.eligible for view in views])
-        work = Batch(batch, self.snapshot, eligible, self._search)
+        work, view_limits = self._work(batch, views, quality)
         found = [(source.query(work), 1 << i) for i, source in enumerate(SOURCES) if source.query is not None]
         slots: list[NDArray[np.int32]] = []
         sources: list[NDArray[np.uint32]] = []
         lengths = np.zeros(len(batch), np.int64)
         for b in range(len(batch)):
             view = views[batch.filter_of[b]]
-            slots.append(view.slots)
-            sources.append(view.sources)
+            slots.append(view.slots[: view_limits[b]])
+            sources.append(view.sources[: view_limits[b]])
+            lengths[b] = len(slots[-1])
             for proposals, bit in found:
                 mine = proposals.slots[proposals.offsets[b] : proposals.offsets[b + 1]]
                 slots.append(mine)
                 sources.append(np.full(len(mine), bit, np.uint32))
                 lengths[b] += len(mine)
-            lengths[b] += len(view.slots)
         return merge_candidates(
             np.concatenate(slots), np.concatenate(sources), np.concatenate([[0], np.cumsum(lengths)]),
             batch.excluded, batch.excluded_offsets, self._table.rows,
         )  # fmt: skip
+
+    def _work(self, batch: QueryBatch, views: list[View], quality: float) -> tuple[Batch, NDArray[np.int32]]:
+        """What query sources work on, and int32[B]: how much of its view each request takes at this quality."""
+        least = _LEAST_PER_PLACE * (batch.limits + self._settings.rank.reserve) + np.diff(batch.excluded_offsets)
+        lengths = np.array([len(view.slots) for view in views])[batch.filter_of]
+        limits = lengths if quality >= 1.0 else np.maximum(least, np.ceil(quality * lengths))
+        eligible = np.stack([view.eligible for view in views])
+        work = Batch(batch, self.snapshot, eligible, self._search, quality, int(least.max()))
+        return work, limits.astype(np.int32)
 
     def _blend(
         self, batch: QueryBatch, slots: NDArray[np.int32], sources: NDArray[np.uint32]

@@ -34,7 +34,7 @@ from server.ranking.pipeline import Pipeline
 from server.ranking.slates import SlateBatch, StageTimes, Tally
 from server.retrieval.exact_gpu import ExactGpuSearch
 from server.retrieval.query import QueryBatch
-from server.retrieval.sources import SOURCES, Batch, bit_of, followed
+from server.retrieval.sources import SOURCES, bit_of, followed
 from server.retrieval.streams import StreamState
 
 
@@ -43,6 +43,7 @@ class Started:
     """A batch that the device works on; ``buffers`` None: it is ranked on the host when it is finished."""
 
     batch: QueryBatch
+    quality: float
     filters: FilterColumns
     now_ms: int
     began_s: float
@@ -79,40 +80,40 @@ class GpuPipeline(Pipeline):
         self._buffers: dict[int, RankBuffers] = {}
         self._personal_bit = bit_of("personal")
 
-    def rank(self, batch: QueryBatch) -> SlateBatch:
-        """The whole way of B requests."""
-        return self.finish(self.start(batch))
+    def rank(self, batch: QueryBatch, quality: float = 1.0) -> SlateBatch:
+        """See `Pipeline.rank`."""
+        return self.finish(self.start(batch, quality))
 
-    def start(self, batch: QueryBatch) -> Started:
+    def start(self, batch: QueryBatch, quality: float = 1.0) -> Started:
         """Queues a batch on the device and returns. A bucket's next batch may be started once this is finished."""
         began_s = time.perf_counter()
         filters = self.snapshot.filter_columns(batch.filters)
-        buffers = self._stage(batch, filters)
+        buffers = self._stage(batch, filters, quality)
         now_ms = self._clock.now_ms()
         if buffers is not None:
             buffers.inputs.host["params"][0] = now_ms
             buffers.inputs.upload()
             self._run(buffers)
             buffers.outputs.download()
-        return Started(batch, filters, now_ms, began_s, time.perf_counter(), buffers)
+        return Started(batch, quality, filters, now_ms, began_s, time.perf_counter(), buffers)
 
     def finish(self, started: Started) -> SlateBatch:
         """Waits for the device; the slates as they may be shown now."""
         if started.buffers is None:
-            return super().rank(started.batch)
+            return super().rank(started.batch, started.quality)
         started.buffers.outputs.settle()
         waited_s = time.perf_counter()
         found, n = started.buffers.outputs.host, len(started.batch)
         if found["unproven"][:n].any():
             self._on_host("unproven", n)
-            return super().rank(started.batch)
+            return super().rank(started.batch, started.quality)
         slots, counts = found["slots"][:n].copy(), found["counts"][:n].copy()
         now_ms = self._clock.now_ms()
         _, still, _ = self._last_check(started.batch, started.filters, slots, counts, now_ms)
         if not np.array_equal(still, counts):
             # Someone went within the milliseconds of the device's work. The host ranks anew, from the newest columns.
             self._on_host("changed", n)
-            return super().rank(started.batch)
+            return super().rank(started.batch, started.quality)
         width = max(1, int(counts.max(initial=0)))
         shown = slice(0, n), slice(0, width)
         lengths = found["wire_lengths"]
@@ -143,7 +144,7 @@ class GpuPipeline(Pipeline):
 
     # --- stages -------------------------------------------------------------------------------
 
-    def _stage(self, batch: QueryBatch, filters: FilterColumns) -> RankBuffers | None:
+    def _stage(self, batch: QueryBatch, filters: FilterColumns, quality: float) -> RankBuffers | None:
         """Buffers filled for the batch, and everything the device needs besides; None: rank on the host."""
         bucket = bucket_of(len(batch))
         if bucket is None:
@@ -157,9 +158,9 @@ class GpuPipeline(Pipeline):
         if places is None or not buffers.fits(batch):
             self._on_host("widths", len(batch))
             return None
-        eligible = np.stack([view.eligible for view in views])
-        proposals = followed(Batch(batch, self.snapshot, eligible, self._search))
-        buffers.fill(batch, places, proposals, self.snapshot, 0)
+        work, view_limits = self._work(batch, views, quality)
+        personal_limit = work.share(self._widths.personal)
+        buffers.fill(batch, places, view_limits, personal_limit, followed(work), self.snapshot)
         return buffers
 
     def _run(self, buffers: RankBuffers) -> None:
@@ -186,7 +187,7 @@ class GpuPipeline(Pipeline):
         )  # fmt: skip
         merge_candidates(
             views.view_slots, views.view_sources, i["filter_of"], w["personal"], self._personal_bit,
-            i["followed"], self._followed_bit, i["excluded"],
+            i["followed"], self._followed_bit, i["excluded"], i["view_limits"], params,
             slots=w["slots"], sources=w["sources"], counts=w["merged"], dropped=w["dropped"],
         )  # fmt: skip
         blend(

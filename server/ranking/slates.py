@@ -85,10 +85,11 @@ class SlateBatch:
 
 @dataclass(frozen=True)
 class ReplyState:
-    """What every reply discloses about the state that answered it."""
+    """What every reply discloses about the state that answered it. quality: share of the candidates scored."""
 
     applied_offset: int
     model_version: str
     level: Level
     reasons: tuple[str, ...]
     score_age_ms: int
+    quality: float = 1.0

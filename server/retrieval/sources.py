@@ -7,6 +7,7 @@ The place of a source in `SOURCES` is its bit in RankedStream.sources; replies c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,12 +34,21 @@ class Proposals:
 
 @dataclass(frozen=True)
 class Batch:
-    """What query sources work on. eligible bool[V, rows]; query b uses eligible[filter_of[b]]."""
+    """What query sources work on. eligible bool[V, rows]; query b uses eligible[filter_of[b]].
+
+    quality: share of its candidates that a source is asked for, in (0, 1]. least: never fewer than this many.
+    """
 
     queries: QueryBatch
     snapshot: Snapshot
     eligible: NDArray[np.bool_]
     search: SearchEngine
+    quality: float = 1.0
+    least: int = 0
+
+    def share(self, most: int) -> int:
+        """How many of ``most`` candidates to propose."""
+        return most if self.quality >= 1.0 else min(most, max(self.least, math.ceil(self.quality * most)))
 
 
 QuerySource = Callable[[Batch], Proposals]
@@ -85,7 +95,7 @@ def bit_of(name: str) -> int:
 def personal(batch: Batch) -> Proposals:
     """Streams closest to the viewer's embedding."""
     asked = np.flatnonzero(batch.queries.has_embedding)
-    k = batch.snapshot.settings.personal
+    k = batch.share(batch.snapshot.settings.personal)
     counts = np.zeros(len(batch.queries), np.int64)
     if not len(asked) or k == 0:
         return Proposals(np.zeros(0, np.int32), _offsets(counts))

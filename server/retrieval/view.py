@@ -19,7 +19,8 @@ from server.retrieval.streams import StreamState
 class View:
     """Candidates for one filter: eligible bool[rows], and the request-independent sources' proposals.
 
-    slots int32[m], sources uint32[m], in order of source.
+    slots int32[m], sources uint32[m], by their place in the list of the source that ranks them highest, as a
+    share of its length: any prefix holds the best of every source.
     """
 
     eligible: NDArray[np.bool_]

@@ -10,7 +10,7 @@ import grpc
 
 from server.errors import InvalidRequest, LiverankError
 from server.recorder import Recorder
-from server.rpc.status import abort, status_of
+from server.rpc.status import refuse, status_of
 from server.security.access import ANYBODY, Identity
 from server.security.gate import Gate, Grant
 from server.security.roles import Access, access_of
@@ -79,7 +79,7 @@ class Gatekeeper(grpc.ServerInterceptor):
             except LiverankError as error:
                 if access.audited and identity is not None:  # without credentials nobody can fill the audit log
                     self._audit(identity, access, context, status_of(error).name, None, str(error))
-                abort(recorder, access.name, error, context)
+                refuse(recorder, access.name, error, context)
             _CALLER.set(identity)
             if not access.audited:
                 return method(request, context)
@@ -116,7 +116,7 @@ class Gatekeeper(grpc.ServerInterceptor):
                 grant = Grant(identity, known, context.cancel)
                 gate.open(grant)
             except LiverankError as error:
-                abort(recorder, access.name, error, context)
+                refuse(recorder, access.name, error, context)
             _CALLER.set(identity)
             try:
                 request = self._messages(incoming, parse, grant) if many else parse(incoming)
@@ -125,7 +125,7 @@ class Gatekeeper(grpc.ServerInterceptor):
                         raise grant.refused
                     yield reply
             except LiverankError as error:  # ours; the method's own have become statuses inside it
-                abort(recorder, access.name, error, context)
+                refuse(recorder, access.name, error, context)
             finally:
                 gate.close(grant)
 

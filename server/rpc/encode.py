@@ -23,6 +23,9 @@ def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, star
     """
     streams = slates.wire if slates.wire is not None else _encode_on_host(slates, table)
     degradation = pb.Degradation(level=int(state.level), reasons=state.reasons)  # type: ignore[arg-type]
+    if state.quality < 1.0:
+        degradation.quality = state.quality
+        degradation.reasons.append(f"overload: {state.quality:.0%} of the candidates were scored")
     common = pb.RankResponse(
         as_of_ms=slates.as_of_ms,
         model_version=state.model_version,

@@ -11,10 +11,12 @@ from liverank.v1 import ranking_pb2 as pb
 from liverank.v1 import ranking_pb2_grpc as pb_grpc
 
 from kernels.wire import frame_messages
+from server.batching.base import Priority
 from server.engine import Engine
 from server.errors import InvalidRequest, NotFound
 from server.ranking.explain import Explanation, explain
 from server.recorder import Recorder
+from server.rpc.admission import arrival
 from server.rpc.decode import check_stream_id, decode_rank
 from server.rpc.status import CallerGone, guarded
 
@@ -32,9 +34,11 @@ class RankingService(pb_grpc.RankingServicer):
 
     @guarded
     def Rank(self, request: pb.RankRequest, context: grpc.ServicerContext) -> bytes:
-        deadline_s = _deadline_s(context)
-        query = decode_rank(request, self._engine.settings, self._engine.streams.book.surfaces, deadline_s)
-        return _await_all(self._engine.rank([query]), deadline_s)[0]
+        deadline_s, came, client = _deadline_s(context), arrival(), context.peer()
+        with self._engine.admission.place(client, came.priority):
+            query = decode_rank(request, self._engine.settings, self._engine.streams.book.surfaces, deadline_s)
+            waiting = self._engine.rank([query], client, came.priority, came.arrived_s)
+            return _await_all(waiting, deadline_s)[0]
 
     @guarded
     def RankBatch(self, request: pb.RankBatchRequest, context: grpc.ServicerContext) -> bytes:
@@ -49,7 +53,8 @@ class RankingService(pb_grpc.RankingServicer):
             for i, one in enumerate(request.requests)
         ]
         self._check_size([query.limit for query in queries])
-        return frame_messages(_await_all(self._engine.rank(queries), deadline_s))
+        waiting = self._engine.rank(queries, context.peer(), Priority.BATCH, arrival().arrived_s)
+        return frame_messages(_await_all(waiting, deadline_s))
 
     def _check_size(self, limits: list[int]) -> None:
         """Refuses before the work what certainly could not be sent after it."""

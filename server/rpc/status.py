@@ -32,6 +32,8 @@ from server.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
+RETRY_MS = 1_000
+"""When to come back where the error does not say: a disk does not empty itself within milliseconds."""
 STATUS: dict[type[LiverankError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     ConfigError: grpc.StatusCode.INVALID_ARGUMENT,  # only reload_rules reads a file on behalf of a caller
@@ -51,7 +53,6 @@ STATUS: dict[type[LiverankError], grpc.StatusCode] = {
     ScoringError: grpc.StatusCode.INTERNAL,  # the ladder keeps these from callers; if one escapes it is a bug
     LiverankError: grpc.StatusCode.INTERNAL,
 }
-RETRY_PUSHBACK_MS = "50"
 
 
 class CallerGone(Exception):
@@ -71,7 +72,7 @@ def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, request, context)
         except Exception as error:  # noqa: BLE001 - mapped, or logged with its traceback
-            abort(self.recorder, method.__name__, error, context)
+            refuse(self.recorder, method.__name__, error, context)
 
     return call
 
@@ -86,13 +87,13 @@ def guarded_stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Iterat
         except grpc.RpcError:  # the caller cancelled or vanished while we waited for its next message
             self.recorder.refused(method.__name__, grpc.StatusCode.CANCELLED.name)
         except Exception as error:  # noqa: BLE001 - mapped, or logged with its traceback
-            abort(self.recorder, method.__name__, error, context)
+            refuse(self.recorder, method.__name__, error, context)
 
     return call
 
 
-def abort(recorder: Recorder, method: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
-    """Ends the call with the error's status; counted."""
+def refuse(recorder: Recorder, method: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
+    """Ends the call with the error's status, counted; never returns."""
     if isinstance(error, LiverankError):
         code, message = status_of(error), str(error)
     elif isinstance(error, CallerGone):
@@ -101,8 +102,8 @@ def abort(recorder: Recorder, method: str, error: Exception, context: grpc.Servi
         logger.exception("unexpected fault in %s", method)
         code, message = grpc.StatusCode.INTERNAL, f"{method}: internal fault; see the server's log"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        pushback = str(error.retry_after_ms) if isinstance(error, RateLimited) else RETRY_PUSHBACK_MS
-        context.set_trailing_metadata((("grpc-retry-pushback-ms", pushback),))
+        retry_ms = error.retry_ms if isinstance(error, Overloaded) else RETRY_MS
+        context.set_trailing_metadata((("grpc-retry-pushback-ms", str(retry_ms)),))
     recorder.refused(method, code.name)
     logger.debug("%s: %s: %s", method, code.name, message)  # messages repeat no viewer id and no token
     context.abort(code, message)

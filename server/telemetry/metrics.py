@@ -187,6 +187,21 @@ class Metrics:
         self.snapshot_bytes = Gauge("liverank_snapshot_bytes", "Size of the newest snapshot", registry=r)
         self.snapshot_offset = Gauge("liverank_snapshot_offset", "Log offset of the newest snapshot", registry=r)
         self.queue_rows = Gauge("liverank_queue_rows", "Viewers waiting to be ranked", registry=r)
+        self.queue_wait_seconds = Histogram(
+            "liverank_queue_wait_seconds", "Rank: call received to its batch begun", ["priority"],
+            buckets=_SECONDS, registry=r,
+        )  # fmt: skip
+        self.shed = Counter(
+            "liverank_shed_total", "Ranking calls turned away with RESOURCE_EXHAUSTED", ["reason", "priority"],
+            registry=r,
+        )  # fmt: skip
+        self.quality_factor = Gauge(
+            "liverank_quality_factor", "Share of the candidates that is scored, 1 unless short of time", registry=r
+        )
+        self.quality_factor.set(1.0)
+        self.admission_limit = Gauge(
+            "liverank_admission_limit", "Interactive calls let in at once while shedding", registry=r
+        )
         self.applied_offset = Gauge("liverank_applied_offset", "Last log offset applied", registry=r)
         self.auth_refused = Counter(
             "liverank_auth_refused_total", "Calls refused before their method ran, by reason", ["reason"], registry=r

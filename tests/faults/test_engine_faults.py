@@ -52,7 +52,7 @@ def test_a_fault_while_ranking_fails_that_batch_only(tmp_path: Path) -> None:
         pipeline = client.app.engine.pipeline
         original = pipeline.rank
 
-        def broken(batch: Any) -> Any:
+        def broken(*_: Any) -> Any:
             pipeline.rank = original  # type: ignore[method-assign]
             raise RuntimeError("a bug")
 

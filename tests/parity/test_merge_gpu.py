@@ -17,7 +17,9 @@ PERSONAL, FOLLOWED = 1 << 0, 1 << 4
 ROWS = 24
 
 
-def on_device(lists: dict[str, NDArray[np.int32]], spare: int = 0) -> tuple[NDArray[np.int32], ...]:
+def on_device(
+    lists: dict[str, NDArray[np.int32]], spare: int = 0, view_limit: int = 999, personal_limit: int = 999
+) -> tuple[NDArray[np.int32], ...]:
     """slots, sources, counts, dropped."""
     batch = len(lists["filter_of"])
     width = sum(lists[name].shape[1] for name in ("view_slots", "personal", "followed")) + spare
@@ -26,7 +28,9 @@ def on_device(lists: dict[str, NDArray[np.int32]], spare: int = 0) -> tuple[NDAr
     on = {name: put(values) for name, values in lists.items()}
     merge_candidates(
         on["view_slots"], on["view_sources"], on["filter_of"], on["personal"], PERSONAL, on["followed"], FOLLOWED,
-        on["excluded"], slots=slots, sources=sources, counts=counts, dropped=dropped,
+        on["excluded"], put(np.full(batch, view_limit, np.int32)),
+        put(np.array([0, 0, 0, 0, 0, 0, personal_limit, 0], np.int64)),
+        slots=slots, sources=sources, counts=counts, dropped=dropped,
     )  # fmt: skip
     return get(slots), get(sources), get(counts), get(dropped)
 
@@ -112,12 +116,32 @@ def test_lists_longer_than_a_block_are_merged_across_blocks() -> None:
     assert_same(lists)
 
 
+def test_under_pressure_only_the_first_of_a_view_and_of_the_personal_proposals_are_taken() -> None:
+    rng = np.random.default_rng(3)
+    lists = {
+        "view_slots": rng.permutation(ROWS)[None, :12].astype(np.int32),
+        "view_sources": rng.integers(1, 64, (1, 12), dtype=np.int32),
+        "filter_of": np.zeros(1, np.int32),
+        "personal": rng.integers(-1, ROWS, (1, 9), dtype=np.int32),
+        "followed": rng.integers(-1, ROWS, (1, 5), dtype=np.int32),
+        "excluded": rng.integers(-1, ROWS, (1, 3), dtype=np.int32),
+    }
+    found = on_device(lists, view_limit=5, personal_limit=4)
+    fewer = {name: values[:, :{"personal": 4}.get(name, 5)] if values.ndim > 1 else values for name, values in
+             lists.items()}  # fmt: skip
+    cpu = on_cpu(fewer)
+    assert (found[2].tolist(), found[3].tolist()) == (cpu[2].tolist(), cpu[3].tolist())
+    kept = found[0][0] >= 0
+    assert found[0][0][kept].tolist() == cpu[0][0].tolist() and found[1][0][kept].tolist() == cpu[1][0].tolist()
+
+
 def test_an_output_that_is_too_narrow_and_a_bit_out_of_range_are_named() -> None:
     lists = {
         "view_slots": torch.zeros((1, 2), dtype=torch.int32), "view_sources": torch.zeros((1, 2), dtype=torch.int32),
         "filter_of": torch.zeros(1, dtype=torch.int32), "personal": torch.zeros((1, 2), dtype=torch.int32),
         "personal_bit": 1, "followed": torch.zeros((1, 1), dtype=torch.int32), "followed_bit": 16,
-        "excluded": torch.zeros((1, 1), dtype=torch.int32),
+        "excluded": torch.zeros((1, 1), dtype=torch.int32), "view_limits": torch.zeros(1, dtype=torch.int32),
+        "params": torch.zeros(8, dtype=torch.int64),
         "slots": torch.zeros((1, 4), dtype=torch.int32), "sources": torch.zeros((1, 4), dtype=torch.int32),
         "counts": torch.zeros(1, dtype=torch.int32), "dropped": torch.zeros(1, dtype=torch.int32),
     }  # fmt: skip

@@ -20,6 +20,7 @@ from tests.parity.test_slate import as_ids
 
 ROWS, BATCH, DIM, RESERVE, LIMIT = 70, 4, 8, 4, 9
 PERSONAL, FOLLOWED, FRESH, EXCLUDE = 1 << 0, 1 << 4, 1 << 5, 0b100101
+PARAMS = np.array([0, 0, 0, 0, 600_000, NOW, 9999, 0], np.int64)
 
 
 def make_batch(seed: int) -> dict[str, Any]:
@@ -119,12 +120,13 @@ def on_device(c: dict[str, Any]) -> tuple[list[bytes], dict[str, Any]]:
     slots, sources, counts, excluded = ints(BATCH, k), ints(BATCH, k), ints(BATCH), ints(BATCH)
     merge_gpu.merge_candidates(
         d["views"], d["view_sources"], d["filter_of"], d["personal"], PERSONAL, d["followed"], FOLLOWED, d["excluded"],
+        put(np.full(BATCH, 9999, np.int32)), put(PARAMS),
         slots=slots, sources=sources, counts=counts, dropped=excluded,
     )  # fmt: skip
     utility, similarity = floats(BATCH, k), floats(BATCH, k)
     blend_gpu.blend(
         slots, sources, d["queries"], d["trend"], d["boost"], d["started_ms"], d["embedding"],
-        put(np.stack(c["weights"])), followed_bit=FOLLOWED, fresh_bit=FRESH, now_ms=NOW, fresh_age_ms=600_000,
+        put(np.stack(c["weights"])), put(PARAMS), followed_bit=FOLLOWED, fresh_bit=FRESH,
         utility=utility, similarity=similarity,
     )  # fmt: skip
     rows, filters = verify_gpu.RowTensors(*map(put, c["rows"])), verify_gpu.FilterTensors(*map(put, FILTERS))

@@ -27,6 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "server.live": {"kernels", *LEAVES},
     "server.log": {"server.live", *LEAVES},
     "server.scoring": {*LEAVES},
+    "server.batching": set(),
+    "server.admission": {"server.batching", *LEAVES},
     "server.rules": {"kernels", "server.live", *LEAVES},
     "server.retrieval": {"kernels", "server.live", "server.rules", *LEAVES},
     "server.ranking": {"kernels", "server.live", "server.rules", "server.retrieval", "server.scoring", *LEAVES},

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kernels import fence
 from kernels.backend import CPU, Backend, choose
 from kernels.counters import LANDMARK_STEP_MS, N_COUNTERS, Grown
-from kernels.rows_gpu import id_words
+from kernels.idmap import id_words
 from kernels.rules_gpu import UNASSESSED
 from loadtest.world import World, WorldSettings
 from server.config import RankSettings, TableSettings

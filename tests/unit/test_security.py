@@ -142,7 +142,7 @@ def test_a_bucket_lets_its_burst_through_and_then_its_rate() -> None:
         rates.take("a", 10.0)
     with pytest.raises(RateLimited, match="a: more than 10 requests per second; retry after 100 ms") as refused:
         rates.take("a", 10.0)
-    assert refused.value.retry_after_ms == 100
+    assert refused.value.retry_ms == 100
     rates.take("b", 10.0)  # its own bucket
     now[0] += 0.1
     rates.take("a", 10.0)
@@ -159,7 +159,7 @@ def test_a_batch_may_overdraw_its_bucket_and_is_paid_for_by_waiting() -> None:
     rates.overdraw("a", 10.0, 40)
     with pytest.raises(RateLimited) as refused:
         rates.take("a", 10.0)
-    assert refused.value.retry_after_ms == 4_100
+    assert refused.value.retry_ms == 4_100
     now[0] += 4.1
     rates.take("a", 10.0)
 

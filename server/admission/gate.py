@@ -1,0 +1,194 @@
+"""Admission: who may wait, who is turned away, and when those should come back."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+
+from server.admission.limit import AdaptiveLimit
+from server.admission.quality import QualityFactor
+from server.batching.base import Priority, Waiting
+from server.config import AdmissionSettings
+from server.errors import Overloaded
+
+LOOKED_AT_ALONE, LOOKED_AT_AMONG_SEVERAL = 16, 2
+"""One in so many calls over the limit is let through to where its client is known."""
+JUDGED_AT_ONCE = 8
+MIN_RETRY_MS, MAX_RETRY_MS = 25, 10_000
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class ShedReason(StrEnum):
+    """Why a request was turned away; a label in metrics."""
+
+    QUEUE_FULL = "queue_full"
+    LIMIT = "limit"
+    CLIENT_SHARE = "client_share"
+    BATCH_FIRST = "batch_first"
+
+
+class Admission:
+    """Turns requests away before any work, and only when serving less good slates is no longer enough.
+
+    The order under rising load: the quality factor falls to its floor; then BATCH is shed; then INTERACTIVE is
+    held at a limit that keeps the wait at its target. The bounds ``most_calls`` hold at any quality.
+    Thread-safe; every method is a few microseconds.
+
+    Args:
+        most_limit: where the limit starts, and its upper bound: interactive calls that are handled at once.
+        most_calls: calls waiting at most, whatever the quality.
+        on_shed: told the reason and priority of each refusal; any thread.
+    """
+
+    def __init__(
+        self,
+        settings: AdmissionSettings,
+        most_limit: int,
+        most_calls: int,
+        on_shed: Callable[[ShedReason, Priority], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings, self._most_calls, self._on_shed, self._clock = settings, most_calls, on_shed, clock
+        least = min(settings.min_limit, most_limit)
+        self._limit = AdaptiveLimit(settings.target_wait_ms, least, most_limit, clock)
+        self._quality = QualityFactor(
+            settings.quality_floor, settings.quality_step, settings.target_percentile, settings.hold_ms, clock
+        )
+        self._lock = threading.Lock()
+        self._clients: Counter[str] = Counter()  # calls in hand, by client
+        self._in_hand = 0
+        self._over_limit = 0
+        self._refused = 0
+        self._rates = _Rates(clock)
+
+    @property
+    def quality(self) -> float:
+        """The quality factor for the next batch, in (0, 1]."""
+        return self._quality.value
+
+    @property
+    def limit(self) -> int:
+        """Interactive calls that may be in the server at once, while it sheds."""
+        return int(self._limit.value)
+
+    # --- at the edge --------------------------------------------------------------------------
+
+    def refuse_unseen(self, priority: Priority, pending: dict[Priority, int]) -> Overloaded | None:
+        """Decides over a call of which nothing but the priority is known; None lets it in.
+
+        Args:
+            pending: calls in the server by priority, this one left out.
+        """
+        interactive = pending[Priority.INTERACTIVE]
+        with self._lock:
+            self._limit.in_flight(interactive + (priority is Priority.INTERACTIVE))
+            waiting = pending[priority]
+            if waiting >= self._most_calls:
+                return self._shed(ShedReason.QUEUE_FULL, priority, f"{waiting} calls are already waiting", waiting)
+            if priority is Priority.BATCH:
+                if interactive < self._limit.value / 2 or not self._quality.at_floor:
+                    return None
+                return self._shed(ShedReason.BATCH_FIRST, priority, "interactive requests take all there is", waiting)
+            if interactive < self.limit:
+                return None
+            if not self._quality.at_floor:
+                self._quality.answered(0, 1)  # it will be late; by the time that is measured, hundreds more came
+                return None
+            self._over_limit += 1
+            every = LOOKED_AT_AMONG_SEVERAL if len(self._clients) > 1 else LOOKED_AT_ALONE
+            if self._over_limit % every == 0 and interactive < self.limit + JUDGED_AT_ONCE:
+                return None
+            return self._shed(ShedReason.LIMIT, priority, f"{waiting} requests are in the server already", waiting)
+
+    @contextmanager
+    def place(self, client: str, priority: Priority) -> Iterator[None]:
+        """Holds an interactive client's place while its call is in hand.
+
+        Raises:
+            Overloaded: the limit is reached, and the client has its share of it, or more, in the server.
+        """
+        if priority is not Priority.INTERACTIVE:
+            yield
+            return
+        with self._lock:
+            mine = self._clients[client]
+            share = self._limit.value / (len(self._clients) + (mine == 0))
+            if self._quality.at_floor and self._in_hand >= self.limit and mine >= share:
+                why = f"{mine} requests of this client are in the server already"
+                raise self._shed(ShedReason.CLIENT_SHARE, priority, why, self._in_hand)
+            self._clients[client] += 1
+            self._in_hand += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_hand -= 1
+                self._clients[client] -= 1
+                if not self._clients[client]:
+                    del self._clients[client]
+
+    def full(self, waiting_rows: int, priority: Priority) -> Overloaded:
+        """The error for a call whose viewers do not fit the queue."""
+        with self._lock:
+            why = f"{waiting_rows} viewers are already waiting"
+            return self._shed(ShedReason.QUEUE_FULL, priority, why, waiting_rows)
+
+    # --- from the engine ----------------------------------------------------------------------
+
+    def answered(self, items: Sequence[Waiting[Any]], begun_s: float) -> None:
+        """These were ranked together from ``begun_s`` until now. BATCH may be slow, so it says nothing of load."""
+        now_s = self._clock()
+        arrived_s = [item.arrived_s for item in items if item.priority is Priority.INTERACTIVE]
+        too_late = sum((now_s - came_s) * 1000 > self._settings.target_ms for came_s in arrived_s)
+        with self._lock:
+            waited_s = sum(begun_s - came_s for came_s in arrived_s)
+            self._limit.waited(len(arrived_s), 1000 * waited_s, 1000 * (now_s - begun_s))
+            self._quality.answered(len(arrived_s) - too_late, too_late)
+            self._rates.served(sum(len(item) for item in items))
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _shed(self, reason: ShedReason, priority: Priority, why: str, backlog: int) -> Overloaded:
+        self._refused += 1
+        self._rates.refused()
+        if priority is Priority.INTERACTIVE:  # callers of BATCH must not keep the others' quality down
+            self._quality.hold()
+        self._on_shed(reason, priority)
+        return Overloaded(why, self._retry_ms(backlog))
+
+    def _retry_ms(self, backlog: int) -> int:
+        """When what waits, and what was shed within a second, could have been served; spread by a quarter
+        either way, so that those who were shed together do not come back together."""
+        wait_ms = 1000 * (backlog + self._rates.refused_per_s) / max(self._rates.served_per_s, 1.0)
+        spread = 0.75 + 0.5 * (self._refused * _GOLDEN % 1.0)
+        return int(min(MAX_RETRY_MS, max(MIN_RETRY_MS, wait_ms * spread)))
+
+
+class _Rates:
+    """Served and refused per second, over the last second that is complete."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._begun_s = clock, clock()
+        self._served = self._refused = 0
+        self.served_per_s = self.refused_per_s = 0.0
+
+    def served(self, count: int) -> None:
+        self._turn()
+        self._served += count
+
+    def refused(self) -> None:
+        self._turn()
+        self._refused += 1
+
+    def _turn(self) -> None:
+        passed_s = self._clock() - self._begun_s
+        if passed_s >= 1.0:
+            self.served_per_s, self.refused_per_s = self._served / passed_s, self._refused / passed_s
+            self._served = self._refused = 0
+            self._begun_s += passed_s

@@ -1,0 +1,69 @@
+"""What waits to be ranked, and what one turn of the engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Priority(IntEnum):
+    """Lower goes first. BATCH is what nobody looks at a screen for."""
+
+    INTERACTIVE = 0
+    BATCH = 1
+
+
+@dataclass(eq=False)
+class Waiting(Generic[T]):
+    """A call, or a part of a large one.
+
+    rows: what is to be ranked, one per viewer, at least one. client: who asks; fairness is between clients.
+    arrived_s, deadline_s: on the queue's clock. min_offset: not ranked before the table has applied it; the queue
+    moves arrived_s to when it was.
+    done: resolves to one reply per row; cancelled by a caller who stops waiting.
+    """
+
+    rows: Sequence[T]
+    client: str
+    priority: Priority
+    arrived_s: float
+    deadline_s: float
+    min_offset: int
+    done: Future[Any]
+    gone: bool = field(default=False, init=False)
+    """It left the queue; owned by the queue."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass
+class Turn(Generic[T]):
+    """What one turn took from the queue; every future in it is running, and must be resolved.
+
+    rank: to be ranked together, at most ``max_batch_rows`` rows. late: no time is left to rank them, so they
+    are answered with less; bounded likewise. unreached: their deadline passed before their min_offset was applied.
+    abandoned_rows: viewers dropped because nobody waits for them any more; their futures are cancelled.
+    """
+
+    rank: list[Waiting[T]] = field(default_factory=list)
+    late: list[Waiting[T]] = field(default_factory=list)
+    unreached: list[Waiting[T]] = field(default_factory=list)
+    abandoned_rows: int = 0
+
+    def taken(self) -> list[Waiting[T]]:
+        """All that is to be resolved."""
+        return [*self.rank, *self.late, *self.unreached]
+
+
+def hand_out(items: Sequence[Waiting[T]], replies: Sequence[Any]) -> None:
+    """Resolves each with its part of ``replies``, which are those of all rows, in order."""
+    at = 0
+    for item in items:
+        item.done.set_result(replies[at : at + len(item)])
+        at += len(item)
