@@ -12,9 +12,12 @@ import sys
 import threading
 from pathlib import Path
 
+from kernels.backend import visible_gpu
 from server.clock import SystemClock
 from server.config import load_settings
-from server.errors import Draining, LiverankError
+from server.errors import ConfigError, Draining, LiverankError
+
+BENCHES = ("faults", "first", "gpu", "kernels", "liveness", "overload", "recovery", "serve")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--config", type=Path, help="settings file (TOML)")
 
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
-    bench.add_argument("name", choices=["faults", "first", "kernels", "liveness", "overload", "recovery", "serve"])
+    bench.add_argument("name", choices=BENCHES)
     bench.add_argument("--streams", type=int, nargs="+", help="first, serve, overload, recovery: sizes of the table")
     bench.add_argument("--events", type=int, help="recovery: events in the log")
     bench.add_argument("--concurrency", type=int, nargs="+", help="serve: callers at once")
@@ -130,6 +133,15 @@ def _run(options: argparse.Namespace) -> int:
         from loadtest.replay import run_replay
 
         return run_replay(options.file, options.speed, options.surface, options.config)
+    if options.command == "bench" and options.name == "gpu":
+        if options.quick and visible_gpu() is None:
+            os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
+        try:
+            from loadtest.bench.gpu import run_gpu
+        except ImportError as error:
+            raise ConfigError(f"bench gpu needs torch and triton: pip install 'liverank[gpu]' ({error})") from error
+
+        return run_gpu(options.quick)
     if options.command == "bench" and options.name == "kernels":
         from loadtest.bench.kernels import run_kernels
 

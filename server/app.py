@@ -60,7 +60,9 @@ SERVICES = tuple(
 )
 
 
-def open_scorer(settings: Settings, features: FeatureSet, on_fallback: Callable[[], None] = lambda: None) -> Scorer:
+def open_scorer(
+    settings: Settings, features: FeatureSet, on_gpu: bool = False, on_fallback: Callable[[], None] = lambda: None
+) -> Scorer:
     """The configured model; imported here so that one way to it does not load the other's library.
 
     ``on_fallback`` is told when shared memory is refused and tensors take the plain way.
@@ -70,7 +72,7 @@ def open_scorer(settings: Settings, features: FeatureSet, on_fallback: Callable[
         from server.scoring.transport import open_transport
         from server.scoring.triton import TritonScorer
 
-        tensors = open_transport(scoring.transport, scoring.triton_address, on_fallback=on_fallback)
+        tensors = open_transport(scoring.transport, scoring.triton_address, on_gpu, on_fallback)
         return TritonScorer(scoring.triton_address, scoring.model_name, features.schema, len(features), tensors)
     from server.scoring.local import LocalScorer
 
@@ -121,7 +123,7 @@ class App:
         self.snapshots = Snapshots(
             self.engine, self._folder, settings, self._log.history.name, self._log.trimmer, self.metrics
         )
-        self._scorer = open_scorer(settings, features, self.metrics.model_transport_fallbacks.inc)
+        self._scorer = open_scorer(settings, features, backend.on_gpu, self.metrics.model_transport_fallbacks.inc)
         self.recorder.watch_transport(lambda: self._scorer.transport)
         self._refresher = Refresher(
             self._scorer,

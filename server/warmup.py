@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 import numpy as np
 from liverank.v1 import ingest_pb2 as pb
@@ -21,7 +22,7 @@ from server.live.features import FeatureSet
 from server.ranking.explain import explain
 from server.ranking.slates import ReplyState
 from server.retrieval.query import RankQuery, build_batch
-from server.retrieval.registry import make_engine, resolve_engine
+from server.retrieval.registry import GPU_ENGINE_NAMES, make_engine, resolve_engine
 from server.retrieval.view import Snapshot
 from server.rpc.encode import encode_replies
 from server.rules.rulebook import RuleBook
@@ -40,7 +41,11 @@ def warm_up(engine: Engine, backend: Backend = CPU) -> None:
     A model that does not answer does not keep the server from serving: replies disclose the fallback.
     """
     started_s = time.monotonic()
-    compile_kernels(engine.settings, engine.features, engine.streams.book, backend)
+    compiled = partial(compile_kernels, engine.settings, engine.features, engine.streams.book, backend)
+    if resolve_engine(engine.settings.retrieval.engine, backend) in GPU_ENGINE_NAMES:
+        engine.call(compiled).result()  # the device has one owner, the engine thread
+    else:
+        compiled()  # beside the engine, which goes on expiring leases
     engine.call(engine.pipeline.prepare).result()
     engine.first_scores.wait(MODEL_WAIT_S)
     logger.info("warm after %.1f s", time.monotonic() - started_s)

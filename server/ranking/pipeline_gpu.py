@@ -93,7 +93,7 @@ class GpuPipeline(Pipeline):
         if buffers is not None:
             buffers.inputs.host["params"][0] = now_ms
             buffers.inputs.upload()
-            self._run(buffers)
+            self.run(buffers)
             buffers.outputs.download()
         return Started(batch, quality, filters, now_ms, began_s, time.perf_counter(), buffers)
 
@@ -140,7 +140,7 @@ class GpuPipeline(Pipeline):
         """Runs and captures every bucket, before the server says SERVING: nothing is compiled or allocated later."""
         for bucket in BUCKETS:
             if bucket <= max(1, self._settings.serve.max_batch_rows):
-                self._run(self._buffers_of(bucket))
+                self.run(self.buffers_of(bucket))
 
     # --- stages -------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class GpuPipeline(Pipeline):
         if bucket is None:
             self._on_host("batch", len(batch))
             return None
-        buffers = self._buffers_of(bucket)
+        buffers = self.buffers_of(bucket)
         views = [self._view(key, filters, v) for v, key in enumerate(batch.filters)]
         self._queue.flush()
         self._embeddings.flush()
@@ -163,7 +163,7 @@ class GpuPipeline(Pipeline):
         buffers.fill(batch, places, view_limits, personal_limit, followed(work), self.snapshot)
         return buffers
 
-    def _run(self, buffers: RankBuffers) -> None:
+    def run(self, buffers: RankBuffers) -> None:
         """The queue of kernels over a bucket's buffers: replayed on a GPU, launched one by one elsewhere."""
         if not self._backend.on_gpu:
             self._queue_kernels(buffers)
@@ -216,7 +216,8 @@ class GpuPipeline(Pipeline):
             o["slots"], o["sources"], o["exploration"], counts=o["tally"],
         )  # fmt: skip
 
-    def _buffers_of(self, bucket: int) -> RankBuffers:
+    def buffers_of(self, bucket: int) -> RankBuffers:
+        """The buffers of a bucket, made on first use."""
         if bucket not in self._buffers:
             self._buffers[bucket] = RankBuffers(bucket, self._widths, self._settings, self._backend)
         return self._buffers[bucket]

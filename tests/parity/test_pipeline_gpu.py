@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from kernels.backend import CPU, Backend, choose
 from loadtest.bench.catalogue import make_catalogue
 from loadtest.bench.inprocess import InProcess, fill_in_process
+from server.ranking import device_batch, device_views
 from server.ranking.slates import ReplyState, SlateBatch
-from server.retrieval.query import QueryBatch
+from server.retrieval.query import QueryBatch, build_batch
 from server.rpc.encode import encode_replies
 from server.scoring.ladder import Level
 from tests.device import INTERPRETED
@@ -24,6 +26,15 @@ NARROW: dict[str, dict[str, Any]] = {
     "rank": {"max_limit": 60, "reserve": 6},
 }
 STATE = ReplyState(1, "m", Level.NONE, (), 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_views() -> Iterator[None]:
+    """Each costs the interpreter time; how many there are changes no result."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (device_views, device_batch):
+            patch.setattr(module, "MAX_VIEWS", 6)
+        yield
 
 
 class Worlds:
@@ -69,7 +80,7 @@ def assert_same_replies(worlds: Worlds, host: SlateBatch, device: SlateBatch) ->
     assert encode_replies(times, STATE, worlds.device.table, 0.0) == again
 
 
-@pytest.mark.parametrize(("streams", "viewers"), [(150, 1), (150, 5), (40, 8)])
+@pytest.mark.parametrize(("streams", "viewers"), [(150, 5), (40, 1)])
 def test_slates_scores_tally_and_wire_bytes_are_those_of_the_host(streams: int, viewers: int) -> None:
     worlds = Worlds(streams)
     assert_same_replies(worlds, *worlds.rank(viewers))
@@ -92,8 +103,6 @@ def test_followed_excluded_and_filtered_requests_agree_within_one_batch() -> Non
         ]
         queries[1] = replace(queries[1], embedding=None, categories=("category-3",))
         queries[2] = replace(queries[2], languages=("xx",))  # a language that nobody speaks
-        from server.retrieval.query import build_batch
-
         found.append(world.pipeline.rank(build_batch(queries, world.table, world.streams.book)))
     assert_same_replies(worlds, *found)
     assert found[0].counts[2] == 0 and found[0].tally.excluded > 0
@@ -115,8 +124,6 @@ def test_what_does_not_fit_the_fixed_buffers_is_ranked_on_the_host_and_counted()
     worlds = Worlds(40)
     world = worlds.device
     many = tuple(f"stream-{i:07}" for i in range(300))
-    from server.retrieval.query import build_batch
-
     queries = [replace(query, exclude_stream_ids=many) for query in world.batch(2).requests]
     slates = world.pipeline.rank(build_batch(queries, world.table, world.streams.book))
     assert slates.wire is None and slates.counts.sum() == 0
