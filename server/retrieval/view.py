@@ -54,8 +54,8 @@ class Snapshot:
 
     @cached_property
     def viewers(self) -> NDArray[np.float32]:
-        """float32[rows]: viewers last reported."""
-        return self.table.accumulators.viewers(self.rows)
+        """float32[rows, at least 1]: viewers last reported."""
+        return self.table.accumulators.viewers(max(1, self.rows))
 
     @cached_property
     def popular(self) -> NDArray[np.int32]:

@@ -305,6 +305,7 @@ def test_with_no_time_left_to_rank_the_popular_list_is_returned_verified_and_dis
     tmp_path: Path,
 ) -> None:
     with running_app(tmp_path, rank={"min_budget_ms": 60_000}) as client:
+        assert not client.rank().streams, "an empty table has an empty list"
         client.publish(*(started(f"s{i}", 0, language="en" if i % 2 else "de") for i in range(6)))
         client.publish(*(event(f"s{i}", 0, viewer_count={"count": i}) for i in range(6)))
         client.tick()

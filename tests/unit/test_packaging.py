@@ -16,6 +16,7 @@ import yaml
 
 from server.config import parse_settings
 from server.doctor import health
+from server.errors import ConfigError
 from tests.app import running_app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,11 +149,14 @@ def settings_from(environment: dict[str, str]) -> Any:
 
 def test_the_settings_of_image_and_compose_file_are_known_ones() -> None:
     variables = dict(re.findall(r"(LIVERANK_\w+)=(\S+)", " ".join(last_stage()["ENV"])))
-    image = settings_from(variables)
+    with pytest.raises(ConfigError, match=r"is not loopback, and security\.cert_file and security\.access_file"):
+        settings_from(variables)  # the image alone lets nobody in
+    image = settings_from({**variables, "LIVERANK_SECURITY__ALLOW_INSECURE_PUBLIC": "true"})
     assert image.device.kind == "cuda" and image.serve.host == "0.0.0.0"
     assert f"{image.log.path.parent}" in last_stage()["VOLUME"][0]
     compose = yaml.safe_load((ROOT / "deploy/compose.gpu.yaml").read_text())
     both = settings_from({**variables, **compose["services"]["liverank"]["environment"]})
+    assert both.security.allow_insecure_public and both.metrics_host == "0.0.0.0"
     assert both.scoring.mode == "triton" and both.scoring.transport == "system_shm"
 
 
