@@ -12,8 +12,9 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,10 +35,10 @@ from server.live.impressions import EndTimes
 from server.live.table import Applied, End, LiveTable
 from server.log.base import Record
 from server.log.commit import CommitPath, Committed, Submission
-from server.ranking.pipeline import Pipeline
+from server.ranking.pipeline import Pipeline, Started
 from server.ranking.slates import ReplyState, SlateBatch
 from server.recorder import Recorder
-from server.retrieval.query import RankQuery, build_batch
+from server.retrieval.query import QueryBatch, RankQuery, build_batch
 from server.retrieval.streams import StreamState
 from server.retrieval.view import Snapshot
 from server.rules.rulebook import RuleBook
@@ -55,6 +56,15 @@ class PublishResult:
 
     offset: int
     codes: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _OnItsWay:
+    """A batch between start and finish, and who waits for it."""
+
+    items: list[Waiting[RankQuery]]
+    started: Started
+    began_s: float
 
 
 Encoder = Callable[[SlateBatch, ReplyState, LiveTable, float], list[bytes]]
@@ -106,6 +116,7 @@ class Engine:
         self._queue: RankQueue[RankQuery] = RankQueue(serve.max_batch_rows, serve.batch_window_us / 1e6)
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._results: deque[RefreshResult] = deque()
+        self._on_its_way: _OnItsWay | None = None  # a batch that the device works on
         self._in_hand: list[Future[Any]] = []  # taken from the queues in this turn of the loop
         self._touched: list[NDArray[np.int32]] = []
         self._next_tick_s = 0.0
@@ -240,6 +251,7 @@ class Engine:
         with self._wake:
             self._stopping = self._failed = True
             futures = self._in_hand + [w.done for w in self._queue.waiting()]
+            futures += [w.done for w in self._on_its_way.items] if self._on_its_way is not None else []
             futures += [done for _, done in self._calls]
             futures += _waiting_for(self._committed)
         for future in futures:
@@ -256,7 +268,7 @@ class Engine:
                 calls, self._calls = list(self._calls), deque()
                 self._in_hand = _waiting_for(groups)
                 self._in_hand += [done for _, done in calls]
-                finished = self._stopping and not (groups or results or calls or self._queue.rows)
+                finished = self._stopping and not (groups or results or calls or self._queue.rows or self._on_its_way)
             if finished:
                 return
             for group in groups:
@@ -275,7 +287,7 @@ class Engine:
 
     def _idle_s(self) -> float:
         """Seconds until there is something to do, unless something comes."""
-        if self._committed or self._calls or self._results or self._stopping:
+        if self._committed or self._calls or self._results or self._stopping or self._on_its_way is not None:
             return 0.0
         to_tick_s, to_turn_s = self._next_tick_s - time.monotonic(), self._queue.due_in_s()
         return to_tick_s if to_turn_s is None else min(to_tick_s, to_turn_s)
@@ -420,47 +432,63 @@ class Engine:
         return max(self._batch_s, self.settings.rank.min_budget_ms / 1000)
 
     def _answer(self, turn: Turn[RankQuery]) -> None:
+        """Answers what was taken. Where the pipeline overlaps, a batch is finished after the next was started."""
         if turn.abandoned_rows:
             self._recorder.abandoned(turn.abandoned_rows)
         for item in turn.unreached:
             problem = f"min_offset: {item.min_offset} wanted, {self.applied_offset} applied"
             item.done.set_exception(OffsetNotReached(problem))
-        if not (turn.rank or turn.late):
-            return
-        started_s = time.monotonic()
-        self._rank_batch(turn.rank, popular=False)
-        self._rank_batch(turn.late, popular=True)
-        # Half-life of about 5 batches: follows load, ignores one slow batch.
-        self._batch_s += 0.13 * (min(time.monotonic() - started_s, 0.1) - self._batch_s)
+        before, self._on_its_way = self._on_its_way, self._start(turn.rank)
+        if before is not None:
+            self._finish(before)
+        if self._on_its_way is not None and not (self.pipeline.overlaps and self._queue.rows):
+            last, self._on_its_way = self._on_its_way, None
+            self._finish(last)
+        if turn.late:
+            with self._guarded(turn.late):
+                batch = self._batch_of(turn.late)
+                self._reply(turn.late, self.pipeline.popular(batch), self.reply_state(popular=True), time.monotonic())
 
-    def _rank_batch(self, items: list[Waiting[RankQuery]], popular: bool) -> None:
+    def _start(self, items: list[Waiting[RankQuery]]) -> _OnItsWay | None:
         if not items:
-            return
-        started_s = time.monotonic()
+            return None
+        with self._guarded(items):
+            batch, began_s = self._batch_of(items), time.monotonic()
+            return _OnItsWay(items, self.pipeline.start(batch, self.admission.quality), began_s)
+        return None
+
+    def _finish(self, on_its_way: _OnItsWay) -> None:
+        items, started, began_s = on_its_way.items, on_its_way.started, on_its_way.began_s
+        with self._guarded(items):
+            slates = self.pipeline.finish(started)
+            self._reply(items, slates, self.reply_state(quality=started.quality), began_s)
+            self.admission.answered(items, began_s)
+        # Half-life of about 5 batches: follows load, ignores one slow batch.
+        self._batch_s += 0.13 * (min(time.monotonic() - began_s, 0.1) - self._batch_s)
+
+    def _batch_of(self, items: list[Waiting[RankQuery]]) -> QueryBatch:
+        return build_batch([query for item in items for query in item.rows], self.table, self.streams.book)
+
+    def _reply(self, items: list[Waiting[RankQuery]], slates: SlateBatch, state: ReplyState, began_s: float) -> None:
+        replies = self._encode(slates, state, self.table, began_s)
+        shown = slates.slots[slates.slots >= 0]
+        np.add.at(self.streams.exposures, shown, 1)
+        self._recorder.ranked(slates, state.level.name.lower(), began_s)
+        self._recorder.waited(items, began_s)
+        hand_out(items, replies)
+
+    @contextmanager
+    def _guarded(self, items: list[Waiting[RankQuery]]) -> Iterator[None]:
+        """A fault is the answer to these calls, and to no other."""
         try:
-            replies = self._rank_queries([query for item in items for query in item.rows], popular)
+            yield
         except Exception as error:
             if not isinstance(error, LiverankError):
                 logger.exception("unexpected fault while ranking")
                 self._recorder.fault("rank")
             for item in items:
-                item.done.set_exception(error)
-            return
-        hand_out(items, replies)
-        self.admission.answered(items, started_s)
-        self._recorder.waited(items, started_s)
-
-    def _rank_queries(self, queries: list[RankQuery], popular: bool) -> list[bytes]:
-        batch = build_batch(queries, self.table, self.streams.book)
-        started_s = time.monotonic()
-        quality = self.admission.quality
-        slates = self.pipeline.popular(batch) if popular else self.pipeline.rank(batch, quality)
-        state = self.reply_state(popular, quality)
-        replies = self._encode(slates, state, self.table, started_s)
-        shown = slates.slots[slates.slots >= 0]
-        np.add.at(self.streams.exposures, shown, 1)
-        self._recorder.ranked(slates, state.level.name.lower(), started_s)
-        return replies
+                if not item.done.done():
+                    item.done.set_exception(error)
 
     def reply_state(self, popular: bool = False, quality: float = 1.0) -> ReplyState:
         """What replies disclose now."""

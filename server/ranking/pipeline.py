@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,19 @@ _LEAST_PER_PLACE = 2
 """Candidates per place of the slate and its reserve that are scored at any quality: caps and ends take some."""
 
 
+@dataclass(frozen=True)
+class Started:
+    """A batch on its way: `finish` has its slates. quality: see `Pipeline.rank`."""
+
+    batch: QueryBatch
+    quality: float
+
+
 class Pipeline:
     """Ranks batches against the table. Called by the engine thread only."""
+
+    overlaps = False
+    """Whether work goes on between `start` and `finish`, so that there is something to do meanwhile."""
 
     def __init__(
         self, settings: Settings, clock: Clock, table: LiveTable, streams: StreamState, search: SearchEngine
@@ -56,6 +68,14 @@ class Pipeline:
         selected = self._select(batch, scored)
         clock.stage("select_us")
         return self._verify(batch, filters, scored, selected, clock)
+
+    def start(self, batch: QueryBatch, quality: float = 1.0) -> Started:
+        """Begins with a batch. At most two may be started and not finished, and they are finished in order."""
+        return Started(batch, quality)
+
+    def finish(self, started: Started) -> SlateBatch:
+        """The slates of a batch, checked against the table as it is now."""
+        return self.rank(started.batch, started.quality)
 
     def trace(self, batch: QueryBatch) -> SlateBatch:
         """Like `rank`, on the host, with every candidate kept: for Explain."""

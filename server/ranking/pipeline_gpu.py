@@ -30,7 +30,7 @@ from server.live.queue import DeviceQueue
 from server.live.table import LiveTable
 from server.ranking.device_batch import BUCKETS, RankBuffers, Widths, bucket_of
 from server.ranking.device_views import DeviceViews
-from server.ranking.pipeline import Pipeline
+from server.ranking.pipeline import Pipeline, Started
 from server.ranking.slates import SlateBatch, StageTimes, Tally
 from server.retrieval.exact_gpu import ExactGpuSearch
 from server.retrieval.query import QueryBatch
@@ -39,11 +39,9 @@ from server.retrieval.streams import StreamState
 
 
 @dataclass(frozen=True)
-class Started:
+class OnDevice(Started):
     """A batch that the device works on; ``buffers`` None: it is ranked on the host when it is finished."""
 
-    batch: QueryBatch
-    quality: float
     filters: FilterColumns
     now_ms: int
     began_s: float
@@ -58,9 +56,13 @@ class GpuPipeline(Pipeline):
     what it could not prove, and slates in which a stream went while the device worked, are ranked on the host by the
     same stages, exactly; ``on_host`` is told the reason and how many requests.
 
+    Each bucket has two sets of buffers, used in turn: the host reads one batch while the device works on the next.
+
     Args:
         search: the engine whose device columns are the embeddings. queue: what the table's accumulators are.
     """
+
+    overlaps = True
 
     def __init__(
         self,
@@ -77,15 +79,16 @@ class GpuPipeline(Pipeline):
         self._embeddings, self._queue, self._backend, self._on_host = search, queue, backend, on_host
         self._widths = Widths.of(settings)
         self._views_on_device = DeviceViews(backend, queue.device, self._widths.view)
-        self._buffers: dict[int, RankBuffers] = {}
+        self._buffers: dict[tuple[int, int], RankBuffers] = {}
+        self._turn = 0
         self._personal_bit = bit_of("personal")
 
     def rank(self, batch: QueryBatch, quality: float = 1.0) -> SlateBatch:
         """See `Pipeline.rank`."""
         return self.finish(self.start(batch, quality))
 
-    def start(self, batch: QueryBatch, quality: float = 1.0) -> Started:
-        """Queues a batch on the device and returns. A bucket's next batch may be started once this is finished."""
+    def start(self, batch: QueryBatch, quality: float = 1.0) -> OnDevice:
+        """See `Pipeline.start`. Queues the batch on the device and returns."""
         began_s = time.perf_counter()
         filters = self.snapshot.filter_columns(batch.filters)
         buffers = self._stage(batch, filters, quality)
@@ -95,10 +98,11 @@ class GpuPipeline(Pipeline):
             buffers.inputs.upload()
             self.run(buffers)
             buffers.outputs.download()
-        return Started(batch, quality, filters, now_ms, began_s, time.perf_counter(), buffers)
+        return OnDevice(batch, quality, filters, now_ms, began_s, time.perf_counter(), buffers)
 
     def finish(self, started: Started) -> SlateBatch:
-        """Waits for the device; the slates as they may be shown now."""
+        """See `Pipeline.finish`. Waits for the device."""
+        assert isinstance(started, OnDevice)
         if started.buffers is None:
             return super().rank(started.batch, started.quality)
         started.buffers.outputs.settle()
@@ -140,7 +144,8 @@ class GpuPipeline(Pipeline):
         """Runs and captures every bucket, before the server says SERVING: nothing is compiled or allocated later."""
         for bucket in BUCKETS:
             if bucket <= max(1, self._settings.serve.max_batch_rows):
-                self.run(self.buffers_of(bucket))
+                for turn in range(2):
+                    self.run(self.buffers_of(bucket, turn))
 
     # --- stages -------------------------------------------------------------------------------
 
@@ -150,7 +155,8 @@ class GpuPipeline(Pipeline):
         if bucket is None:
             self._on_host("batch", len(batch))
             return None
-        buffers = self.buffers_of(bucket)
+        self._turn ^= 1
+        buffers = self.buffers_of(bucket, self._turn)
         views = [self._view(key, filters, v) for v, key in enumerate(batch.filters)]
         self._queue.flush()
         self._embeddings.flush()
@@ -216,14 +222,14 @@ class GpuPipeline(Pipeline):
             o["slots"], o["sources"], o["exploration"], counts=o["tally"],
         )  # fmt: skip
 
-    def buffers_of(self, bucket: int) -> RankBuffers:
-        """The buffers of a bucket, made on first use."""
-        if bucket not in self._buffers:
-            self._buffers[bucket] = RankBuffers(bucket, self._widths, self._settings, self._backend)
-        return self._buffers[bucket]
+    def buffers_of(self, bucket: int, turn: int = 0) -> RankBuffers:
+        """One of the two sets of buffers of a bucket, made on first use."""
+        if (bucket, turn) not in self._buffers:
+            self._buffers[bucket, turn] = RankBuffers(bucket, self._widths, self._settings, self._backend)
+        return self._buffers[bucket, turn]
 
 
-def _times(started: Started, waited_s: float) -> StageTimes:
+def _times(started: OnDevice, waited_s: float) -> StageTimes:
     """The host's preparation as retrieve, the wait for the device as select, the last check as verify."""
     return StageTimes(
         retrieve_us=int((started.queued_s - started.began_s) * 1e6),

@@ -5,15 +5,19 @@ On a machine without a GPU the kernels run in Triton's interpreter, everything e
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from liverank.v1 import admin_pb2, ranking_pb2
 
 from server.ranking.pipeline_gpu import GpuPipeline
 from tests.app import SMALL, Client, running_app
 from tests.device import INTERPRETED
 from tests.events import event, started
+from tests.triton_server import eventually
 
 SECTIONS = {
     "table": {**SMALL, "capacity": 64},
@@ -65,8 +69,6 @@ def test_an_acknowledged_end_is_not_in_the_next_reply(client: Client) -> None:
 
 
 def test_a_block_hides_a_stream_at_once_and_explain_says_why(client: Client) -> None:
-    from liverank.v1 import admin_pb2, ranking_pb2
-
     client.admin.BlockStream(admin_pb2.BlockStreamRequest(stream_id="s1", reason="test"), timeout=10.0)
     assert "s1" not in {s.stream_id for s in client.rank(limit=8).streams}
     request = ranking_pb2.ExplainRequest(request=ranking_pb2.RankRequest(limit=8), stream_id="s1")
@@ -83,3 +85,27 @@ def test_a_restart_recovers_what_the_device_had_counted(tmp_path: Path) -> None:
         table = second.app.engine.table
         again = second.app.engine.call(lambda: table.accumulators.column("counters")[0].copy()).result(10.0)
         assert counters.any() and (counters == again).all()
+
+
+def test_a_batch_is_finished_after_the_next_was_started_and_none_is_left_behind(client: Client) -> None:
+    engine, pipeline = client.app.engine, client.app.engine.pipeline
+    steps: list[str] = []
+    held, release = threading.Event(), threading.Event()
+
+    def noted(name: str, step: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            steps.append(name)
+            return step(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "start", noted("start", pipeline.start))
+        patch.setattr(pipeline, "finish", noted("finish", pipeline.finish))
+        engine.call(lambda: (held.set(), release.wait(10.0)))
+        assert held.wait(10.0)
+        calls = [client.ranking.Rank.future(ranking_pb2.RankRequest(limit=2), timeout=10.0) for _ in range(3)]
+        eventually(lambda: engine.queued_rows == 3)
+        release.set()
+        assert all(len(call.result().streams) == 2 for call in calls)
+    assert steps == ["start", "start", "finish", "start", "finish", "finish"]
