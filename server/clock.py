@@ -39,7 +39,7 @@ class SystemClock:
     Leases are durations, so a wall clock that jumps must move no lease: an hour back would keep dead streams
     for an hour, an hour forward would end every live one. So drift and small corrections are followed slowly
     (`SLEW`), and a step beyond `FOLLOWED_NS` is not followed but reported: whoever set the clock decides, and
-    a restart takes the new time over. See docs/adr/0004-a-clock-that-does-not-jump.md.
+    a restart takes the new time over. See docs/adr/0006-a-clock-that-does-not-jump.md.
 
     Args:
         wall_ns, elapsed_ns: the machine's clocks; for tests.
