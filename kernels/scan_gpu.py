@@ -94,6 +94,9 @@ def _prepare(
 @triton.jit
 def _pack(eligible_ptr, params_ptr, bits_ptr, capacity, words, WORDS: tl.constexpr):
     v = tl.program_id(1).to(tl.int64)
+    in_use = tl.load(params_ptr + 7)
+    if (in_use > 0) & (v >= in_use):
+        return
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     bit = tl.arange(0, 32)
     row = word[:, None] * 32 + bit[None, :]

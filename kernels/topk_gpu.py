@@ -186,7 +186,8 @@ def masked_topk(
             finite, or one at or beyond params[2] (padding).
         table: float32[C, D], table16: float16[C, D], longest: float32[1]: written by :func:`put_rows` alone.
         eligible: uint8[V, C]. mask_of: int32[B]; a number outside [0, V) gives no hits.
-        k: >= 1. params: int64[8]; [1] rows in use, [2] queries in use.
+        k: >= 1. params: int64[8]; [1] rows in use, [2] queries in use, [7] filters in use (0: all V):
+            the masks behind them are not read, and no query in use may name one.
         work: scratch of exactly these sizes.
         slots: int32[B, k], scores: float32[B, k], as the CPU returns them.
         unproven: uint8[B]; 1: this row of the answer may lack a hit, ask ``masked_topk_slow``.

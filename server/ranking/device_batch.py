@@ -120,7 +120,9 @@ class RankBuffers:
         n, host = len(batch), self.inputs.host
         exclude_bits, fresh_age_ms = snapshot.streams.book.exclude_bits, snapshot.settings.fresh_age_ms
         # The first is the time of the last check: set when the batch starts.
-        host["params"][1:7] = (snapshot.rows, n, exclude_bits, fresh_age_ms, snapshot.now_ms, personal_limit)
+        host["params"][1:] = (
+            snapshot.rows, n, exclude_bits, fresh_age_ms, snapshot.now_ms, personal_limit, int(places.max()) + 1,
+        )  # fmt: skip
         host["view_limits"][:n], host["view_limits"][n:] = view_limits, 0
         host["queries"][:n], host["queries"][n:] = batch.queries, 0.0
         for name in ("limits", "explore_slots", "creator_caps", "category_caps"):

@@ -29,7 +29,7 @@ class Search:
         self.table = rng.standard_normal((rows, dim)).astype(np.float32)
         self.eligible = rng.random((masks, rows)) < share
         self.mask_of = rng.integers(0, masks, batch).astype(np.int32)
-        self.in_use, self.batch_in_use = rows, batch
+        self.in_use, self.batch_in_use, self.masks_in_use = rows, batch, 0
 
     def on_device(self, k: int, capacity: int = 0, sample_rows: int = 128) -> tuple[Arrays, NDArray[np.uint8]]:
         batch, (rows, dim) = len(self.queries), self.table.shape
@@ -41,7 +41,7 @@ class Search:
         )
         slots, scores = empty((batch, k), torch.int32), empty((batch, k), torch.float32)
         unproven = empty((batch,), torch.uint8)
-        params = np.array([0, self.in_use, self.batch_in_use, 0, 0, 0, 0, 0])
+        params = np.array([0, self.in_use, self.batch_in_use, 0, 0, 0, 0, self.masks_in_use])
         masked_topk_gpu(
             put(self.queries), table, table16, longest, put(self.eligible), put(self.mask_of), k, put(params),
             work=work, slots=slots, scores=scores, unproven=unproven,
@@ -121,6 +121,18 @@ def test_more_queries_than_a_tile_and_several_row_tiles_per_program(monkeypatch:
     monkeypatch.setitem(scan_gpu.SCAN_SHAPES, 32, scan_gpu.ScanShape(16, 64, 4, 1))
     monkeypatch.setattr(scan_gpu, "_PROGRAMS", 2)  # so that a program takes more than one
     assert_proven_and_exact(Search(6, 18, 300, 12, 2, 0.8), 5)
+
+
+def test_masks_in_use_are_enough_and_those_behind_them_are_not_packed() -> None:
+    search = Search(8, 3, 90, 16, 5, 0.5)
+    search.mask_of[:] = [0, 1, 1]
+    search.masks_in_use = 2
+    assert_proven_and_exact(search, 7)
+    packed = get(search.work.bits)
+    search.work.bits.fill_(77)
+    search.masks_in_use = 0
+    search.on_device(7)
+    assert (get(search.work.bits)[:2] == packed[:2]).all() and packed.shape[0] == 5
 
 
 def test_rows_beyond_those_in_use_are_never_hits() -> None:
