@@ -13,14 +13,18 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 
+from kernels.counters import COUNTERS
+from kernels.dedup import WORDS
+from kernels.idmap import ID_BYTES
 from server.errors import SnapshotError
+from server.live.columns import Columns
 from server.live.state import COLUMNS, INTERNERS, LAYOUT, TableState
 from server.live.table import End
 
@@ -258,12 +262,19 @@ def read(path: Path) -> Contents:
             manifest = _manifest(path, rows.schema)
             if manifest.layout != LAYOUT:
                 raise SnapshotError(f"{path}: written by another version (layout {manifest.layout}, not {LAYOUT})")
-            table = rows.read_all()
-            names = pa.ipc.open_stream(source).read_all()
-            producers = pa.ipc.open_stream(source).read_all()
-            ends = pa.ipc.open_stream(source).read_all().to_pydict()
-        except pa.ArrowException as error:
-            raise SnapshotError(f"{path}: cannot read: {error}") from error
+            parts = [rows.read_all(), *(pa.ipc.open_stream(source).read_all() for _ in range(3))]
+            for part in parts:
+                part.validate(full=True)  # a checksum says that these are the bytes that were written, not by whom
+            contents = _contents(manifest, *parts)
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            told = str(error).partition("\n")[0]
+            raise SnapshotError(f"{path}: cannot read: {type(error).__name__}: {told}") from error
+    if problem := _problem(contents):
+        raise SnapshotError(f"{path}: cannot be a table: {problem}")
+    return contents
+
+
+def _contents(manifest: Manifest, table: Any, names: Any, producers: Any, ends: Any) -> Contents:
     by_kind: dict[str, list[str]] = {kind: [] for kind in INTERNERS}
     for kind, name in zip(names["interner"].to_pylist(), names["name"].to_pylist(), strict=True):
         by_kind[kind].append(name)
@@ -279,7 +290,40 @@ def read(path: Path) -> Contents:
         highest=_numpy(producers["highest"]),
         window_bits=_numpy(producers["window"]),
     )
-    return Contents(manifest, state, [End(*row) for row in zip(*ends.values(), strict=True)])
+    columns = (ends[name].to_pylist() for name in ("stream_id", "epoch", "ended_ms", "reason"))
+    return Contents(manifest, state, [End(*row) for row in zip(*columns, strict=True)])
+
+
+def _problem(contents: Contents) -> str:
+    """What a compiled loop would trip over: a column of another type or length, a number of no name; "" if nothing."""
+    state, manifest = contents.state, contents.manifest
+    if manifest.rows != state.rows or manifest.embedding_dim < 1:
+        return f"{state.rows} rows, its manifest says {manifest.rows}"
+    model = Columns.allocate(0, np.zeros((0, manifest.embedding_dim), np.float32))
+    for name in COLUMNS:
+        found, wanted = state.columns[name], getattr(model, name)
+        width = int(np.prod(wanted.shape[1:], dtype=np.int64))
+        if found.dtype != wanted.dtype or found.size != state.rows * width or len(found) != state.rows:
+            return f"{name}: {wanted.dtype}[{state.rows} x {width}] wanted, got {found.dtype}{list(found.shape)}"
+    if state.rows and int(state.columns["id_lengths"].max()) > ID_BYTES:
+        return f"id_lengths: at most {ID_BYTES} allowed"
+    for name, column in zip(INTERNERS, ("creator", "language", "category", "region"), strict=True):
+        known, used = state.names[name], state.columns[column]
+        if known[:1] != [""] or (len(used) and not 0 <= int(used.min()) <= int(used.max()) < len(known)):
+            return f"{column}: a number that stands for no name"
+    if len(state.counters_seen) != len(COUNTERS):
+        return f"counters_seen: {len(COUNTERS)} wanted, got {len(state.counters_seen)}"
+    producers = len(state.producers)
+    for name, array, dtype, size in (
+        ("used_ms", state.producer_used_ms, np.int64, producers),
+        ("highest", state.highest, np.uint64, producers),
+        ("window", state.window_bits, np.uint64, producers * WORDS),
+    ):
+        if array.dtype != dtype or array.size != size:
+            return f"{name}: {size} of {np.dtype(dtype)} wanted, got {array.size} of {array.dtype}"
+    if None in state.titles or None in state.producers or len(set(state.producers)) != producers:
+        return "a title or producer is missing, or a producer is there twice"
+    return ""
 
 
 @contextmanager
@@ -300,9 +344,16 @@ def _checked(path: Path) -> Iterator[pa.BufferReader]:
 
 def _manifest(path: Path, schema: pa.Schema) -> Manifest:
     try:
-        return Manifest(**json.loads(schema.metadata[b"liverank"]))
+        manifest = Manifest(**json.loads(schema.metadata[b"liverank"]))
     except (KeyError, TypeError, ValueError) as error:
         raise SnapshotError(f"{path}: written by another version: {error}") from error
+    for field in fields(Manifest):
+        value = getattr(manifest, field.name)
+        if type(value).__name__ != str(field.type).partition("[")[0] or (isinstance(value, int) and value < 0):
+            raise SnapshotError(f"{path}: {field.name} is not what a manifest says: {value!r:.80}")
+    if manifest.offset != offset_of(path):
+        raise SnapshotError(f"{path}: it is of offset {manifest.offset}, its name says another")
+    return manifest
 
 
 def _numpy(column: pa.ChunkedArray) -> Any:
