@@ -303,7 +303,7 @@ def _problem(contents: Contents) -> str:
     for name in COLUMNS:
         found, wanted = state.columns[name], getattr(model, name)
         width = int(np.prod(wanted.shape[1:], dtype=np.int64))
-        if found.dtype != wanted.dtype or found.size != state.rows * width or len(found) != state.rows:
+        if found.dtype != wanted.dtype or (len(found), int(np.prod(found.shape[1:]))) != (state.rows, width):
             return f"{name}: {wanted.dtype}[{state.rows} x {width}] wanted, got {found.dtype}{list(found.shape)}"
     if state.rows and int(state.columns["id_lengths"].max()) > ID_BYTES:
         return f"id_lengths: at most {ID_BYTES} allowed"

@@ -13,13 +13,13 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from liverank.v1 import admin_pb2, liveness_pb2
 
+from loadtest.faults.broker import Broker, running_broker
 from server.app import App
 from server.clock import ManualClock, SystemClock
 from server.config import parse_settings
 from server.errors import ConfigError, LogError
 from tests.app import SMALL, Client, running_app, status_of
 from tests.events import T0, batch, event, started
-from tests.kafka_broker import Broker, running_broker
 from tests.triton_server import eventually
 from tests.unit.test_snapshots import everything
 
