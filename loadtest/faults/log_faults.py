@@ -107,7 +107,8 @@ def last_write_torn(stage: Stage) -> Seen:
         ack = own.publish_starts(1)  # the torn stream again: its place in the log and its sequence are free
         demand(ack.offset == 5 and not ack.rejected, f"the next record should be 5: {ack}")
         return Seen(
-            None, recover_s, not half, "record 5, whose write was torn before its acknowledgement, is not there; 1 to 4 are; the next is 5 again",
+            None, recover_s, not half,
+            "record 5, whose write was torn before its acknowledgement, is not there; 1 to 4 are; the next is 5 again",
             lost=len(lost), shown_wrongly=len(half),
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from kernels import fence
 from kernels.counters import COUNTERS
 from kernels.dedup import WORDS
 from kernels.idmap import ID_BYTES
@@ -305,8 +306,8 @@ def _problem(contents: Contents) -> str:
         width = int(np.prod(wanted.shape[1:], dtype=np.int64))
         if found.dtype != wanted.dtype or (len(found), int(np.prod(found.shape[1:]))) != (state.rows, width):
             return f"{name}: {wanted.dtype}[{state.rows} x {width}] wanted, got {found.dtype}{list(found.shape)}"
-    if state.rows and int(state.columns["id_lengths"].max()) > ID_BYTES:
-        return f"id_lengths: at most {ID_BYTES} allowed"
+    if problem := _id_problem(state):
+        return problem
     for name, column in zip(INTERNERS, ("creator", "language", "category", "region"), strict=True):
         known, used = state.names[name], state.columns[column]
         if known[:1] != [""] or (len(used) and not 0 <= int(used.min()) <= int(used.max()) < len(known)):
@@ -323,6 +324,22 @@ def _problem(contents: Contents) -> str:
             return f"{name}: {size} of {np.dtype(dtype)} wanted, got {array.size} of {array.dtype}"
     if None in state.titles or None in state.producers or len(set(state.producers)) != producers:
         return "a title or producer is missing, or a producer is there twice"
+    return ""
+
+
+def _id_problem(state: TableState) -> str:
+    """As `_problem`, of the columns that the id map and the list of free rows are made from."""
+    ids, lengths = state.columns["ids"].reshape(-1, ID_BYTES), state.columns["id_lengths"]
+    if state.rows and int(lengths.max()) > ID_BYTES:
+        return f"id_lengths: at most {ID_BYTES} allowed"
+    used = lengths > 0
+    if not np.array_equal(used, state.columns["state"] != fence.FREE) or (state.columns["state"] > fence.ENDED).any():
+        return "state: a row with an id that is free, one without that is not, or no state at all"
+    if ids[np.arange(ID_BYTES) >= lengths[:, None]].any():
+        return "ids: bytes beyond their length"
+    whole = np.ascontiguousarray(ids[used]).view(f"V{ID_BYTES}").reshape(-1)
+    if len({one.tobytes() for one in whole}) != len(whole):
+        return "ids: one is there twice"
     return ""
 
 
