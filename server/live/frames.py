@@ -26,7 +26,8 @@ from server.live.events import INTERACTIONS, KINDS
 from server.live.table import FIRST_COUNTER, SECOND_COUNTER, LiveTable
 
 EVENT_TEXTS = ("stream_id", "viewer_id", "currency")
-EVENT_NUMBERS = ("sequence", "epoch", "event_time_ms", "count", "seconds", "amount_minor", "action")
+EVENT_NUMBERS = ("sequence", "epoch", "event_time_ms", "count", "seconds", "amount_minor", "action",
+                 "only_if_not_renewed_since_ms")  # fmt: skip
 STATE_NAMES = ("free", "live", "suspect", "ended")
 
 
@@ -54,7 +55,7 @@ def events_frame(batch: Any, currencies: Mapping[str, float], library: ModuleTyp
     """One row per event of a columnar batch (`read_batch` gives one; schema in docs/columnar-events.md).
 
     Columns: row int64 (place in the batch), kind uint8 (0 unknown), value float64 (as EventColumns.value: count,
-    seconds, amount in the reference currency, action), and sequence uint64, epoch uint64, event_time_ms int64,
+    seconds, amount in the reference currency, action, the time of a conditional end), and sequence uint64, epoch uint64, event_time_ms int64,
     stream_id, viewer_id as sent; what was null or not there is 0 or "". Nothing is refused: an unknown currency is
     worth 0, so take only the rows that the decoder accepted (`EventColumns.index`) where that matters.
     """
@@ -82,6 +83,7 @@ def _value(frame: Any, currencies: Mapping[str, float]) -> Any:
     )
     value = value.where(~kind.isin([fence.BID, fence.PURCHASED]), worth)
     value = value.where(kind != fence.REPORTED, 1.0)
+    value = value.where(kind != fence.END, frame["only_if_not_renewed_since_ms"].astype("float64"))
     return value.where(kind != fence.MODERATED, frame["action"].astype("float64"))
 
 
