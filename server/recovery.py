@@ -121,7 +121,7 @@ def recover(
     if found is not None:
         live_state.restore(engine.table, found.state)
         engine.ends.restore(found.manifest.ends_newest, found.ends)
-        engine.restored(offset, found.manifest.stamp_ms, found.manifest.table_ms, found.manifest.record_crc)
+        engine.restored(offset, found.manifest.stamp_ms, found.manifest.table_ms, found.manifest.record_crc, found.ends)
         if found.manifest.feature_schema != engine.features.schema:
             logger.info("the snapshot is older than the feature file; columns do not depend on it")
     records = _replay(engine, history, offset, metrics, stopping)

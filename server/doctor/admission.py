@@ -26,6 +26,4 @@ def admission(context: Context) -> Iterator[Finding]:
     for what in found:
         yield warn("admission.targets", what, "Change one of the two; docs/overload.md says what each is for.")
     if not found:
-        yield ok(
-            "admission.targets", f"{told.target_percentile:g} % within {told.target_ms} ms, nothing contradicts it"
-        )
+        yield ok("admission.targets", f"{told.target_percentile:g} % within {told.target_ms} ms, no contradiction")

@@ -117,7 +117,7 @@ def log_file(context: Context) -> Iterator[Finding]:
 
 
 def snapshots(context: Context) -> Iterator[Finding]:
-    """The snapshots' folder: writable, and with room for as many snapshots of a full table as are kept, and one more."""
+    """The snapshots' folder: writable, and with room for the snapshots that are kept, and one more, of a full table."""
     from server.doctor.memory import snapshot_bytes_per_row
 
     settings = context.settings

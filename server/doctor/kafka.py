@@ -38,16 +38,15 @@ def kafka(context: Context) -> Iterator[Finding]:
         yield warn(
             "kafka.brokers",
             f"{brokers} did not answer within {ANSWER_WITHIN_S} s: {error.args[0].str()}; a start waits for them",
-            "Check log.kafka.bootstrap_servers, the brokers, and what lies between; also log.kafka.options (TLS, SASL).",
+            "Check log.kafka.bootstrap_servers, log.kafka.options (TLS, SASL), the brokers, and what lies between.",
         )
         return
     finally:
         consumer.close()
     yield ok("kafka.brokers", f"{brokers} answer")
     if found.error is not None:
-        yield fail(
-            "kafka.topic", f"{topic!r} cannot be used: {found.error.str()}", "Make it as docs/operations.md says."
-        )
+        told = f"{topic!r} cannot be used: {found.error.str()}"
+        yield fail("kafka.topic", told, "Make it as docs/operations.md says.")
     elif len(found.partitions) != 1:
         yield fail(
             "kafka.topic",

@@ -55,9 +55,10 @@ def events_frame(batch: Any, currencies: Mapping[str, float], library: ModuleTyp
     """One row per event of a columnar batch (`read_batch` gives one; schema in docs/columnar-events.md).
 
     Columns: row int64 (place in the batch), kind uint8 (0 unknown), value float64 (as EventColumns.value: count,
-    seconds, amount in the reference currency, action, the time of a conditional end), and sequence uint64, epoch uint64, event_time_ms int64,
-    stream_id, viewer_id as sent; what was null or not there is 0 or "". Nothing is refused: an unknown currency is
-    worth 0, so take only the rows that the decoder accepted (`EventColumns.index`) where that matters.
+    seconds, amount in the reference currency, action, the time of a conditional end), and sequence uint64, epoch
+    uint64, event_time_ms int64, stream_id, viewer_id as sent; what was null or not there is 0 or "". Nothing is
+    refused: an unknown currency is worth 0, so take only the rows that the decoder accepted (`EventColumns.index`)
+    where that matters.
     """
     columns = {name: _number(batch, name) for name in EVENT_NUMBERS}
     columns |= {name: _text(batch, name) for name in EVENT_TEXTS}

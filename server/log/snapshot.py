@@ -20,13 +20,8 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from kernels import fence
-from kernels.counters import COUNTERS
-from kernels.dedup import WORDS
-from kernels.idmap import ID_BYTES
 from server.errors import SnapshotError
-from server.live.columns import Columns
-from server.live.state import COLUMNS, INTERNERS, LAYOUT, TableState
+from server.live.state import COLUMNS, INTERNERS, LAYOUT, TableState, problem_of
 from server.live.table import End
 
 logger = logging.getLogger(__name__)
@@ -270,7 +265,7 @@ def read(path: Path) -> Contents:
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             told = str(error).partition("\n")[0]
             raise SnapshotError(f"{path}: cannot read: {type(error).__name__}: {told}") from error
-    if problem := _problem(contents):
+    if problem := problem_of(contents.state, manifest.rows, manifest.embedding_dim):
         raise SnapshotError(f"{path}: cannot be a table: {problem}")
     return contents
 
@@ -293,54 +288,6 @@ def _contents(manifest: Manifest, table: Any, names: Any, producers: Any, ends: 
     )
     columns = (ends[name].to_pylist() for name in ("stream_id", "epoch", "ended_ms", "reason"))
     return Contents(manifest, state, [End(*row) for row in zip(*columns, strict=True)])
-
-
-def _problem(contents: Contents) -> str:
-    """What a compiled loop would trip over: a column of another type or length, a number of no name; "" if nothing."""
-    state, manifest = contents.state, contents.manifest
-    if manifest.rows != state.rows or manifest.embedding_dim < 1:
-        return f"{state.rows} rows, its manifest says {manifest.rows}"
-    model = Columns.allocate(0, np.zeros((0, manifest.embedding_dim), np.float32))
-    for name in COLUMNS:
-        found, wanted = state.columns[name], getattr(model, name)
-        width = int(np.prod(wanted.shape[1:], dtype=np.int64))
-        if found.dtype != wanted.dtype or (len(found), int(np.prod(found.shape[1:]))) != (state.rows, width):
-            return f"{name}: {wanted.dtype}[{state.rows} x {width}] wanted, got {found.dtype}{list(found.shape)}"
-    if problem := _id_problem(state):
-        return problem
-    for name, column in zip(INTERNERS, ("creator", "language", "category", "region"), strict=True):
-        known, used = state.names[name], state.columns[column]
-        if known[:1] != [""] or (len(used) and not 0 <= int(used.min()) <= int(used.max()) < len(known)):
-            return f"{column}: a number that stands for no name"
-    if len(state.counters_seen) != len(COUNTERS):
-        return f"counters_seen: {len(COUNTERS)} wanted, got {len(state.counters_seen)}"
-    producers = len(state.producers)
-    for name, array, dtype, size in (
-        ("used_ms", state.producer_used_ms, np.int64, producers),
-        ("highest", state.highest, np.uint64, producers),
-        ("window", state.window_bits, np.uint64, producers * WORDS),
-    ):
-        if array.dtype != dtype or array.size != size:
-            return f"{name}: {size} of {np.dtype(dtype)} wanted, got {array.size} of {array.dtype}"
-    if None in state.titles or None in state.producers or len(set(state.producers)) != producers:
-        return "a title or producer is missing, or a producer is there twice"
-    return ""
-
-
-def _id_problem(state: TableState) -> str:
-    """As `_problem`, of the columns that the id map and the list of free rows are made from."""
-    ids, lengths = state.columns["ids"].reshape(-1, ID_BYTES), state.columns["id_lengths"]
-    if state.rows and int(lengths.max()) > ID_BYTES:
-        return f"id_lengths: at most {ID_BYTES} allowed"
-    used = lengths > 0
-    if not np.array_equal(used, state.columns["state"] != fence.FREE) or (state.columns["state"] > fence.ENDED).any():
-        return "state: a row with an id that is free, one without that is not, or no state at all"
-    if ids[np.arange(ID_BYTES) >= lengths[:, None]].any():
-        return "ids: bytes beyond their length"
-    whole = np.ascontiguousarray(ids[used]).view(f"V{ID_BYTES}").reshape(-1)
-    if len({one.tobytes() for one in whole}) != len(whole):
-        return "ids: one is there twice"
-    return ""
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class SqliteLog:
         rows = self._db.execute(
             "SELECT record, applied_ms, checksum, payload FROM log ORDER BY record DESC LIMIT 2"
         ).fetchall()
-        intact = [zlib.crc32(payload) == checksum for _, _, checksum, payload in rows]
+        intact = [_is_intact(payload, checksum) for _, _, checksum, payload in rows]
         if rows and not intact[0]:
             # Were more than the last one removed, restarts would eat the log record by record.
             if not intact[-1] or len(rows) == 1 or self._read_only:
@@ -115,7 +115,7 @@ class SqliteLog:
             for offset, applied_ms, checksum, payload in rows:
                 if offset != expected:
                     raise LogError(f"{self.path}: record {expected} is missing (found {offset}). {REPAIR}")
-                if zlib.crc32(payload) != checksum:
+                if not _is_intact(payload, checksum):
                     raise LogError(f"{self.path}: record {offset} is damaged (checksum differs). {REPAIR}")
                 expected += 1
                 yield Record(offset, applied_ms, payload)
@@ -132,6 +132,11 @@ class SqliteLog:
 
     def close(self) -> None:
         self._db.close()
+
+
+def _is_intact(payload: object, checksum: object) -> bool:
+    """Damage may also have changed a value's type."""
+    return isinstance(payload, bytes) and zlib.crc32(payload) == checksum
 
 
 def _error(path: Path, what: str, error: Exception) -> LogError:

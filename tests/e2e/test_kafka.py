@@ -120,6 +120,9 @@ def test_a_tick_expires_nothing_beyond_the_stamps_of_the_log_yet_nothing_is_show
         client.publish(started("s", 0, T0))
         assert client.shown() == ["s"]
         clock.advance(60_000)
+        engine = client.app.engine
+        as_of_ms = engine.call(lambda: (engine.set_rules(engine.streams.book), engine.pipeline.snapshot.now_ms)[1])
+        assert as_of_ms.result(5.0) == clock.now_ms(), "what is no part of the log's state follows the clock"
         client.tick()
         assert client.admin.Status(admin_pb2.StatusRequest(), timeout=5.0).live == 1, "time is the log's"
         assert client.shown() == []

@@ -343,6 +343,23 @@ def test_a_snapshot_folder_that_cannot_be_used_is_refused_with_its_key(
         running_app(tmp_path, clock).__enter__()
 
 
+def test_a_snapshot_from_before_a_restart_is_in_the_metrics_and_a_log_that_cannot_be_shortened_is_counted(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(self: Any, before: int) -> int:
+        raise LogError("cannot delete old records")
+
+    with running_app(tmp_path, clock, snapshot={"keep": 1}) as client:
+        fill(client, 0, 5)
+        offset = client.app.snapshots.take()
+    monkeypatch.setattr("server.log.trim.LogTrimmer.step", stuck)
+    with running_app(tmp_path, clock, snapshot={"keep": 1}) as client:
+        assert client.app.metrics.snapshot_offset._value.get() == offset, "else it looks as if none were ever taken"
+        with pytest.raises(LogError):
+            client.app.snapshots._trim()
+        assert client.app.metrics.log_errors.labels("trim")._value.get() == 1
+
+
 def test_a_failed_snapshot_is_counted_and_tried_again(
     tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
