@@ -203,7 +203,7 @@ def _serve(config: Path | None, ready_file: Path | None) -> int:
             app.start()
         except LiverankError as error:
             failed.append(error)
-            give_up()
+            os.kill(os.getpid(), signal.SIGTERM)
             return
         except BaseException:
             give_up()
@@ -221,7 +221,7 @@ def _serve(config: Path | None, ready_file: Path | None) -> int:
         app.stop_starting()
         starting.join()
         if failed and isinstance(failed[0], Draining):
-            return 0  # told to stop before it served
+            return 1 if faults.is_set() else 0  # a part failed, or it was told to stop, before it served
     if failed:
         starting.join()
         raise failed[0]

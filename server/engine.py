@@ -7,13 +7,14 @@ score refresh ──scores──▶ ┘                        └─▶ ends, m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -65,6 +66,10 @@ class _OnItsWay:
     items: list[Waiting[RankQuery]]
     started: Started
     began_s: float
+
+
+class _TableFault(Exception):
+    """The table was being changed: which of its rows were is not known."""
 
 
 Encoder = Callable[[SlateBatch, ReplyState, LiveTable, float], list[bytes]]
@@ -212,10 +217,13 @@ class Engine:
 
     # --- before the loop ----------------------------------------------------------------------
 
-    def restored(self, offset: int, stamp_ms: int, table_ms: int, record_crc: int) -> None:
-        """The table and the ends were taken from a snapshot as of record ``offset``."""
+    def restored(self, offset: int, stamp_ms: int, table_ms: int, record_crc: int, ends: Iterable[End] = ()) -> None:
+        """The table and the ``ends``, oldest first, were taken from a snapshot as of record ``offset``."""
         self.applied_offset, self.applied_stamp_ms, self.table_ms = offset, stamp_ms, table_ms
         self._restored_crc = record_crc
+        now_ms = self.clock.now_ms()
+        for end in ends:  # as in `replay`: replies from before we went down are nobody's fault that is known here
+            self._end_times.remember([end], end.ended_ms, now_ms)
 
     def applied_crc(self) -> int:
         """CRC-32 of the newest applied record, so that a snapshot can tell which log it is of."""
@@ -244,8 +252,10 @@ class Engine:
             self._loop()
         except Exception:
             logger.critical("the engine gives up: its table may be half-changed", exc_info=True)
-            self._fail_everything(Draining("the engine failed; the server is going away"))
-            self._on_fault()
+            try:
+                self._fail_everything(Draining("the engine failed; the server is going away"))
+            finally:
+                self._on_fault()
 
     def _fail_everything(self, error: LiverankError) -> None:
         with self._wake:
@@ -255,7 +265,7 @@ class Engine:
             futures += [done for _, done in self._calls]
             futures += _waiting_for(self._committed)
         for future in futures:
-            if not future.done():
+            with contextlib.suppress(InvalidStateError):  # answered, or its caller just went away
                 future.set_exception(error)
 
     def _loop(self) -> None:
@@ -293,9 +303,14 @@ class Engine:
         return to_tick_s if to_turn_s is None else min(to_tick_s, to_turn_s)
 
     def _guard(self, step: Callable[[], None], name: str) -> None:
-        """An unexpected fault in a periodic step is logged and counted; the engine must go on answering."""
+        """An unexpected fault in a periodic step is logged and counted; the engine must go on answering.
+
+        Unless it was in the table: one that may be half-changed serves nobody.
+        """
         try:
             step()
+        except _TableFault:
+            raise
         except Exception:
             logger.exception("unexpected fault in %s", name)
             self._recorder.fault(name)
@@ -356,7 +371,10 @@ class Engine:
         assert self._commit is not None
         started = time.perf_counter()
         settled_ms = self._commit.settled_ms()
-        expired = self.table.expire(settled_ms)
+        try:
+            expired = self.table.expire(settled_ms)
+        except Exception as error:
+            raise _TableFault("while leases were expired") from error
         self.table_ms = max(self.table_ms, settled_ms)
         self._publish_ends(expired.ends)
         # Leases wait for the log; features, rules and views do not: they are no part of its state.
@@ -375,7 +393,7 @@ class Engine:
     def set_rules(self, book: RuleBook) -> None:
         """Takes other rules over, for all rows at once: no reply mixes the two."""
         assert self._commit is not None
-        now_ms = self._commit.settled_ms()
+        now_ms = max(self._commit.settled_ms(), self.clock.now_ms())
         self.streams.set_book(book)
         self.streams.assess(np.arange(self.table.rows, dtype=np.int32), now_ms)
         self.take_snapshot(now_ms)

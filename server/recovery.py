@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from server.config import Settings
@@ -105,19 +106,24 @@ def recover(
         one of the snapshot, or lacks records. Draining: ``stopping`` was set meanwhile.
     """
     started_s = time.monotonic()
-    folder.remove_half_written()
-    found = _newest_usable(folder, metrics)
-    offset = 0
+
+    def skipped(path: Path, error: SnapshotError) -> None:
+        logger.error("SKIPPED a snapshot, an older one or the whole log is used: %s", error)
+        metrics.snapshots.labels("skipped").inc()
+        folder.set_aside(path)
+
+    try:
+        folder.remove_half_written()
+        found = newest_usable(folder, skipped)
+    except OSError as error:
+        raise ConfigError(f"snapshot.path: {folder.folder} cannot be used: {error}") from error
+    offset = starting_point(history, found, engine.settings)
     if found is not None:
-        _check_fits(found, engine.settings, history)
-        offset = found.manifest.offset
         live_state.restore(engine.table, found.state)
         engine.ends.restore(found.manifest.ends_newest, found.ends)
-        engine.restored(offset, found.manifest.stamp_ms, found.manifest.table_ms, found.manifest.record_crc)
+        engine.restored(offset, found.manifest.stamp_ms, found.manifest.table_ms, found.manifest.record_crc, found.ends)
         if found.manifest.feature_schema != engine.features.schema:
             logger.info("the snapshot is older than the feature file; columns do not depend on it")
-        _check_same_log(history, found)
-    _check_reaches(history, offset, engine.settings)
     records = _replay(engine, history, offset, metrics, stopping)
     engine.recovered()
     done = Recovered(
@@ -131,15 +137,30 @@ def recover(
     return done
 
 
-def _newest_usable(folder: SnapshotFolder, metrics: Metrics) -> Contents | None:
+def newest_usable(folder: SnapshotFolder, skipped: Callable[[Path, SnapshotError], None]) -> Contents | None:
+    """The newest snapshot that can be read; tells ``skipped`` of those that cannot."""
     for path in folder.paths():
         try:
             return snapshot.read(path)
         except SnapshotError as error:
-            logger.error("SKIPPED a snapshot, an older one or the whole log is used: %s", error)
-            metrics.snapshots.labels("skipped").inc()
-            folder.set_aside(path)
+            skipped(path, error)
     return None
+
+
+def starting_point(history: History, found: Contents | None, settings: Settings) -> int:
+    """The offset after which the log is to be read: the snapshot's, or 0 without one.
+
+    Raises:
+        ConfigError: the table of these settings cannot hold the snapshot. LogError: the log is not the one of the
+        snapshot, or lacks records after it.
+    """
+    offset = 0
+    if found is not None:
+        _check_fits(found, settings, history)
+        _check_same_log(history, found)
+        offset = found.manifest.offset
+    _check_reaches(history, offset, settings)
+    return offset
 
 
 def _check_fits(found: Contents, settings: Settings, history: History) -> None:

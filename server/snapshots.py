@@ -49,6 +49,7 @@ class Snapshots:
     def start(self, offset: int) -> None:
         """Begins; the newest snapshot is of ``offset`` (0: there is none)."""
         self._taken_offset = offset
+        self._metrics.snapshot_offset.set(offset)
         self._thread.start()
 
     def stop(self) -> None:
@@ -120,7 +121,14 @@ class Snapshots:
             return
         oldest = self._folder.oldest_offset(self._settings.snapshot.keep)
         before = oldest - self._settings.log.retain_records
-        while before > 1 and (deleted := self._trimmer.step(before)):
+        while before > 1 and (deleted := self._step(self._trimmer, before)):
             self._metrics.log_trimmed.inc(deleted)
             if self._stop.wait(TRIM_PAUSE_S):
                 return
+
+    def _step(self, trimmer: LogTrimmer, before: int) -> int:
+        try:
+            return trimmer.step(before)
+        except LogError:
+            self._metrics.log_errors.labels("trim").inc()
+            raise

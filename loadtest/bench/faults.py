@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.faults.base import SCENARIOS, Outcome, Scenario
-from loadtest.faults.matrix import playable, run_scenario
+from loadtest.bench.overload import DEFAULT as FLOOD
+from loadtest.faults.base import SCENARIOS, CannotPlay, Outcome, Scenario
+from loadtest.faults.matrix import run_scenario
 from loadtest.faults.stage import Stage, open_stage
 from loadtest.processes import ROOT
 
@@ -25,7 +26,7 @@ def run_faults(names: list[str] | None = None, seconds: float | None = None, qui
     """Plays the matrix (or only ``names``), prints a table and, last, a line of JSON.
 
     Args:
-        seconds: length of the soak. quick: a soak of ten seconds.
+        seconds: length of the soak. quick: a soak of ten seconds, and an overload of a second or two.
 
     Returns:
         0; 1 when anything was lost, shown wrongly or not disclosed, or a scenario failed; 2 for an unknown name.
@@ -35,12 +36,14 @@ def run_faults(names: list[str] | None = None, seconds: float | None = None, qui
         return 2
     with tempfile.TemporaryDirectory(prefix="liverank-faults-") as folder, open_stage(Path(folder)) as stage:
         stage.soak_s = seconds or (QUICK_SOAK_S if quick else SOAK_S)
-        wanted = [s for s in SCENARIOS.values() if not names or s.name in names]
-        can_play = playable(stage)
-        skipped = [s.name for s in wanted if s not in can_play]
-        outcomes = [_play(stage, s) for s in wanted if s in can_play]
-        why = stage.no_triton
-    _print(outcomes, skipped, why)
+        stage.flood = stage.flood if quick else FLOOD
+        outcomes, skipped = [], {}
+        for wanted in (s for s in SCENARIOS.values() if not names or s.name in names):
+            try:
+                outcomes.append(_play(stage, wanted))
+            except CannotPlay as why:
+                skipped[wanted.name] = str(why)
+    _print(outcomes, skipped)
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 
@@ -48,13 +51,19 @@ def _play(stage: Stage, scenario: Scenario) -> Outcome:
     """A scenario that fails is a row of the table, not the end of it."""
     try:
         return run_scenario(stage, scenario)
+    except CannotPlay:
+        raise
     except Exception as error:  # noqa: BLE001 - shown in the table, with its traceback above it
         traceback.print_exc()
         return Outcome(scenario.name, 0, 0, None, None, False, f"failed: {error}")
 
 
-def _print(outcomes: list[Outcome], skipped: list[str], why: str) -> None:
-    table = Table(title="Faults: real processes, judged traffic meanwhile")
+def _print(outcomes: list[Outcome], skipped: dict[str, str]) -> None:
+    table = Table(
+        title="Faults: real processes",
+        caption="lost: acknowledged events, beyond what the fault itself destroyed. shown wrongly: dead streams. "
+        "recover: from the end of the fault to usual answers",
+    )
     for title in ("fault", "lost", "shown wrongly", "degrade s", "recover s", "disclosed", "what was seen"):
         table.add_column(title, justify="left" if title in ("fault", "what was seen") else "right")
     for o in outcomes:
@@ -68,10 +77,10 @@ def _print(outcomes: list[Outcome], skipped: list[str], why: str) -> None:
     for o in outcomes:
         for detail in o.details:
             console.print(f"{o.name}: {detail}", style="red")
-    if skipped:
-        console.print(f"skipped ({why}): {', '.join(skipped)}")
+    for name, why in skipped.items():
+        console.print(f"SKIPPED, hence not shown to hold: {name} ({why})", style="yellow")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     told = {"bench": "faults", "commit": commit, "machine": platform.processor() or platform.machine()}
-    print(json.dumps({**told, "skipped": skipped, "faults": [o.row() for o in outcomes]}))
+    print(json.dumps({**told, "skipped": sorted(skipped), "faults": [o.row() for o in outcomes]}))

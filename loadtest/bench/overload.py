@@ -49,6 +49,9 @@ CALL_TIMEOUT_S = 5.0
 LATE_S = 0.02
 MOST_IN_FLIGHT = 512
 SHED, HINT = "RESOURCE_EXHAUSTED", "grpc-retry-pushback-ms"
+OVERLOADED = b"overload: "
+"""How a reply's reasons begin when fewer candidates were scored."""
+RECOVERED_WITHIN_S = 30.0
 SLO_MS = 200.0
 """End to end, from PRODUCT.md: a slate within 100 to 200 ms."""
 
@@ -106,12 +109,28 @@ def measure(folder: Path, plan: Plan) -> dict[str, Any]:
         peak, peak_errors = _peak(lambda request: ask(request, timeout=CALL_TIMEOUT_S), requests, plan)
         with _probes(server.address, plan.streams) as probes:
             flood = _flood(server, plan, plan.factor * peak)
+        recovered_s = _recovered_s(ask, requests[0])
     return {"bench": "overload", "streams": plan.streams, "peak_rps": round(peak, 1), **flood, **probes.summary()} | {
         "goodput_share": round(flood["goodput_rps"] / peak, 3),
         "offered_factor": round(flood["offered_rps"] / peak, 1),
         "slo_ms": SLO_MS,
+        "recovered_s": recovered_s,
         "peak_errors": peak_errors,
     }
+
+
+def _recovered_s(ask: Callable[..., bytes], request: bytes) -> float | None:
+    """Seconds from the end of a flood to a reply of full quality; None when none comes."""
+    begun_s, pause = time.monotonic(), threading.Event()
+    while (taken_s := time.monotonic() - begun_s) < RECOVERED_WITHIN_S:
+        try:
+            if OVERLOADED not in ask(request, timeout=CALL_TIMEOUT_S):
+                return round(taken_s, 2)
+        except grpc.RpcError as error:
+            if code_of(error) != SHED:
+                raise
+        pause.wait(0.02)
+    return None
 
 
 def _peak(ask: Ask, requests: list[bytes], plan: Plan) -> tuple[float, dict[str, int]]:
@@ -230,7 +249,7 @@ def _digest(found: list[tuple[float, Any]]) -> dict[str, Any]:
     for taken_s, call in found:
         if call.code() is grpc.StatusCode.OK:
             latencies_ms.append(round(taken_s * 1000, 2))
-            degraded += b"overload: " in call.result()
+            degraded += OVERLOADED in call.result()
         else:
             errors[call.code().name] += 1
             hints_ms += [int(value) for key, value in call.trailing_metadata() or () if key == HINT]

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from loadtest.faults.stage import Stage
 
 
+class CannotPlay(Exception):
+    """This machine cannot play a scenario; the message says why."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a scenario saw itself.

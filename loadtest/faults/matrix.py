@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from loadtest.faults import client_faults, model_faults, server_faults, soak  # noqa: F401 - they add themselves
-from loadtest.faults.base import SCENARIOS, Outcome, Scenario
+from loadtest.faults import (  # noqa: F401 - they add themselves
+    client_faults,
+    log_faults,
+    model_faults,
+    overload_faults,
+    server_faults,
+    soak,
+)
+from loadtest.faults.base import CannotPlay, Outcome, Scenario
 from loadtest.faults.stage import TRAFFIC, Stage
 from loadtest.liveness.check import Verdict, check
 from loadtest.liveness.traffic import Traffic
@@ -13,8 +20,11 @@ def run_scenario(stage: Stage, scenario: Scenario) -> Outcome:
     """Plays one scenario and judges it together with the history of the traffic meanwhile.
 
     Raises:
-        TimeoutError: the fault did not show, or its end did not. AssertionError: see the scenario.
+        CannotPlay: not on this machine. TimeoutError: the fault did not show, or its end did not. AssertionError:
+        see the scenario.
     """
+    if scenario.needs_triton and stage.no_triton:
+        raise CannotPlay(stage.no_triton)
     traffic = Traffic(stage.address, TRAFFIC) if scenario.traffic else None
     verdict = Verdict()
     try:
@@ -33,8 +43,3 @@ def run_scenario(stage: Stage, scenario: Scenario) -> Outcome:
         note=seen.note,
         details=tuple(details[:10]),
     )
-
-
-def playable(stage: Stage) -> list[Scenario]:
-    """Scenarios that this machine can play."""
-    return [s for s in SCENARIOS.values() if not (s.needs_triton and stage.no_triton)]

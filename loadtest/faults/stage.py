@@ -16,6 +16,7 @@ import grpc
 import onnx
 from tritonclient.grpc import InferenceServerClient
 
+from loadtest.bench.overload import QUICK as QUICK_FLOOD
 from loadtest.faults import nets
 from loadtest.faults.probe import Probe
 from loadtest.faults.proxy import Proxy
@@ -53,7 +54,8 @@ class Stage:
 
     Attributes:
         no_triton: why there is none here; "" when there is. The server then scores in process.
-        settings: of the server. version: newest of the model. soak_s: how long a soak takes here.
+        settings: of the server. version: newest of the model. repository: where models are. soak_s, flood: how long
+            a soak takes here, and what an overload is.
 
     Raises:
         NotStartedError: the server or Triton did not start.
@@ -66,6 +68,7 @@ class Stage:
         self.repository = folder / "models"
         self.version = 0
         self.soak_s = 3.0
+        self.flood = QUICK_FLOOD
         self.no_triton = set_up_triton()
         self.put_version(self.good_net())
         self._triton_stack = contextlib.ExitStack()
@@ -113,6 +116,10 @@ class Stage:
         with urlopen(f"http://127.0.0.1:{self.server.metrics_port}/metrics", timeout=WITHIN_S) as page:
             lines = page.read().decode().splitlines()
         return float(next(line.rpartition(" ")[2] for line in lines if line.startswith(f"{name} ")))
+
+    def own_folder(self, name: str) -> Path:
+        """A path that nothing is at yet, for files of a scenario's own."""
+        return self.folder / f"{name}-{time.monotonic_ns()}"
 
     def channel(self, *options: tuple[str, Any]) -> grpc.Channel:
         return grpc.insecure_channel(self.address, options=(*CHANNEL_OPTIONS, *options))

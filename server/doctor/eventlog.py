@@ -19,6 +19,10 @@ class DamagedLogError(Exception):
     """The file is no event log, or its last record is not what was written; the message says which."""
 
 
+class DamagedLastError(DamagedLogError):
+    """Only the last record is damaged: a start removes it, and says so."""
+
+
 class UnmergedLogError(Exception):
     """The newest records are in a WAL that no start has merged yet: they cannot be read without changing files."""
 
@@ -35,7 +39,7 @@ def read_last(path: Path) -> LastRecord:
     """The newest record of the log at ``path``.
 
     Raises:
-        DamagedLogError, UnmergedLogError: see there. OSError: the file cannot be read.
+        DamagedLogError, DamagedLastError, UnmergedLogError: see there. OSError: the file cannot be read.
     """
     # Asked, not opened: closing a descriptor of its own would drop the locks of a log open in this process.
     if path.is_dir():
@@ -50,18 +54,21 @@ def read_last(path: Path) -> LastRecord:
     try:
         database = sqlite3.connect(f"file:{quote(str(path.resolve()))}?{how}", uri=True)
         try:
-            row = database.execute(
-                "SELECT record, applied_ms, checksum, payload FROM log ORDER BY record DESC LIMIT 1"
-            ).fetchone()
+            rows = database.execute(
+                "SELECT record, applied_ms, checksum, payload FROM log ORDER BY record DESC LIMIT 2"
+            ).fetchall()
         finally:
             database.close()
     except sqlite3.Error as error:
         if size_bytes == 0 and not wal.exists():
             return LastRecord(0, 0)  # made, but nothing was ever written
         raise DamagedLogError(f"{path}: {error}") from error
-    if row is None:
+    if not rows:
         return LastRecord(0, 0)
-    offset, applied_ms, checksum, payload = row
-    if not isinstance(payload, bytes) or zlib.crc32(payload) != checksum:
-        raise DamagedLogError(f"{path}: record {offset}, the last one, is damaged (checksum differs)")
-    return LastRecord(offset, applied_ms)
+    intact = [isinstance(payload, bytes) and zlib.crc32(payload) == checksum for _, _, checksum, payload in rows]
+    if not intact[0]:
+        told = f"{path}: record {rows[0][0]}, the last one, is damaged (checksum differs)"
+        if len(rows) == 2 and intact[1]:
+            raise DamagedLastError(told)
+        raise DamagedLogError(f"{told}, and no intact one is before it")
+    return LastRecord(rows[0][0], rows[0][1])

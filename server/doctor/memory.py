@@ -44,6 +44,16 @@ def table_memory(context: Context) -> Iterator[Finding]:
         )
 
 
+def snapshot_bytes_per_row(context: Context) -> int:
+    """Estimated size on disk of one row; allocates one row."""
+    import numpy as np
+
+    from server.live.columns import Columns
+
+    embedding = np.zeros((1, context.settings.table.embedding_dim), np.float32)
+    return Columns.allocate(1, embedding).nbytes_per_row() + TEXT_BYTES_PER_ROW // 4  # text without Python's objects
+
+
 def bytes_per_row(context: Context) -> int:
     """Estimated memory of one row of the table, with everything derived about it; allocates one row."""
     import numpy as np

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from server.clock import SystemClock
 from server.config import Settings, load_settings
-from server.doctor import clock, device, files, libraries, machine, memory, model, ports, security
+from server.doctor import admission, clock, device, files, kafka, libraries, machine, memory, model, ports, security
 from server.doctor.base import Check, Context, Finding, Status, fail, ok, warn
 from server.errors import ConfigError
 
@@ -23,7 +23,8 @@ BARE: tuple[Check, ...] = (
 """Checks that need the standard library and the settings only."""
 
 WITH_LIBRARIES: tuple[Check, ...] = (
-    ports.ports, security.security, device.backend, device.memory, files.declared, memory.table_memory, model.model,
+    ports.ports, security.security, admission.admission, kafka.kafka, device.backend, device.memory, files.declared,
+    files.snapshots, memory.table_memory, model.model,
 )  # fmt: skip
 """Checks that load what the server loads: not run when a library is broken, for it might take the doctor along."""
 

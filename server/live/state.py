@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import fence
 from kernels.counters import COUNTERS, HALF_LIVES_MS
 from kernels.dedup import WINDOW, WORDS
 from kernels.idmap import ID_BYTES
@@ -122,6 +123,57 @@ class StateBuffer:
             highest=table._highest[: len(producers)].copy(),
             window_bits=self._taken("window_bits", table._window_bits, len(producers)),
         )
+
+
+def problem_of(state: TableState, rows: int, dim: int) -> str:
+    """What a compiled loop would trip over in a state that was read from somewhere; "" if nothing.
+
+    A column of another type or length than for ``rows`` and embeddings of ``dim``, an id twice, a number of no name.
+    """
+    if state.rows != rows or dim < 1:
+        return f"{state.rows} rows of embeddings of {dim}, {rows} rows wanted"
+    model = Columns.allocate(0, np.zeros((0, dim), np.float32))
+    for name in COLUMNS:
+        found, wanted = state.columns[name], getattr(model, name)
+        width = int(np.prod(wanted.shape[1:], dtype=np.int64))
+        if found.dtype != wanted.dtype or (len(found), int(np.prod(found.shape[1:]))) != (rows, width):
+            return f"{name}: {wanted.dtype}[{rows} x {width}] wanted, got {found.dtype}{list(found.shape)}"
+    for name, column in zip(INTERNERS, ("creator", "language", "category", "region"), strict=True):
+        known, used = state.names[name], state.columns[column]
+        if known[:1] != [""] or (rows and not 0 <= int(used.min()) <= int(used.max()) < len(known)):
+            return f"{column}: a number that stands for no name"
+    if None in state.titles or len(state.counters_seen) != len(COUNTERS):
+        return f"a title is missing, or counters_seen is not of {len(COUNTERS)}"
+    return _id_problem(state) or _producer_problem(state)
+
+
+def _id_problem(state: TableState) -> str:
+    """Of the columns that the id map and the list of free rows are made from."""
+    ids, lengths = state.columns["ids"].reshape(-1, ID_BYTES), state.columns["id_lengths"]
+    if state.rows and int(lengths.max()) > ID_BYTES:
+        return f"id_lengths: at most {ID_BYTES} allowed"
+    used, states = lengths > 0, state.columns["state"]
+    if not np.array_equal(used, states != fence.FREE) or (states > fence.ENDED).any():
+        return "state: a row with an id that is free, one without that is not, or no state at all"
+    if ids[np.arange(ID_BYTES) >= lengths[:, None]].any():
+        return "ids: bytes beyond their length"
+    if len({row.tobytes() for row in ids[used]}) != np.count_nonzero(used):
+        return "ids: one is there twice"
+    return ""
+
+
+def _producer_problem(state: TableState) -> str:
+    producers = len(state.producers)
+    for name, array, dtype, size in (
+        ("producer_used_ms", state.producer_used_ms, np.int64, producers),
+        ("highest", state.highest, np.uint64, producers),
+        ("window_bits", state.window_bits, np.uint64, producers * WORDS),
+    ):
+        if array.dtype != dtype or array.size != size:
+            return f"{name}: {size} of {np.dtype(dtype)} wanted, got {array.size} of {array.dtype}"
+    if None in state.producers or len(set(state.producers)) != producers:
+        return "a producer is missing, or there twice"
+    return ""
 
 
 def restore(table: LiveTable, state: TableState) -> None:

@@ -23,6 +23,8 @@ from server.log.base import EventLog, Record
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 4096
+TIME_PRODUCER = "liverank-time"
+"""Under which a Kafka log gets its empty records."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from server.clock import Clock
 from server.config import Settings
 from server.errors import ConfigError, Draining, LogError, Overloaded, Refused
 from server.log.base import Record
-from server.log.commit import MAX_WAITING, Committed, Submission
+from server.log.commit import MAX_WAITING, TIME_PRODUCER, Committed, Submission
 from server.log.kafka import (
     PARTITION,
     STAMP_HEADER,
@@ -37,7 +37,6 @@ from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-TIME_PRODUCER = "liverank-time"
 MAX_UNAPPLIED_GROUPS = 64
 POLL_S = 0.02
 
@@ -141,6 +140,7 @@ class KafkaCommit:
                 pending.delivered = True
             elif not pending.applied.done():  # once read back it is in the log, whatever became of the answer
                 del self._pending[token]
+                self._lock.notify_all()
         if error is None:
             self._settle(token)
         elif not pending.applied.done():
@@ -161,6 +161,7 @@ class KafkaCommit:
             if fault is None and not pending.delivered:
                 return
             del self._pending[token]
+            self._lock.notify_all()  # `stop` waits for the last of them
         if fault is not None:
             pending.submission.done.set_exception(fault)
         else:

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from server.errors import SnapshotError
-from server.live.state import COLUMNS, INTERNERS, LAYOUT, TableState
+from server.live.state import COLUMNS, INTERNERS, LAYOUT, TableState, problem_of
 from server.live.table import End
 
 logger = logging.getLogger(__name__)
@@ -258,12 +258,19 @@ def read(path: Path) -> Contents:
             manifest = _manifest(path, rows.schema)
             if manifest.layout != LAYOUT:
                 raise SnapshotError(f"{path}: written by another version (layout {manifest.layout}, not {LAYOUT})")
-            table = rows.read_all()
-            names = pa.ipc.open_stream(source).read_all()
-            producers = pa.ipc.open_stream(source).read_all()
-            ends = pa.ipc.open_stream(source).read_all().to_pydict()
-        except pa.ArrowException as error:
-            raise SnapshotError(f"{path}: cannot read: {error}") from error
+            parts = [rows.read_all(), *(pa.ipc.open_stream(source).read_all() for _ in range(3))]
+            for part in parts:
+                part.validate(full=True)  # a checksum says that these are the bytes that were written, not by whom
+            contents = _contents(manifest, *parts)
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            told = str(error).partition("\n")[0]
+            raise SnapshotError(f"{path}: cannot read: {type(error).__name__}: {told}") from error
+    if problem := problem_of(contents.state, manifest.rows, manifest.embedding_dim):
+        raise SnapshotError(f"{path}: cannot be a table: {problem}")
+    return contents
+
+
+def _contents(manifest: Manifest, table: Any, names: Any, producers: Any, ends: Any) -> Contents:
     by_kind: dict[str, list[str]] = {kind: [] for kind in INTERNERS}
     for kind, name in zip(names["interner"].to_pylist(), names["name"].to_pylist(), strict=True):
         by_kind[kind].append(name)
@@ -279,7 +286,8 @@ def read(path: Path) -> Contents:
         highest=_numpy(producers["highest"]),
         window_bits=_numpy(producers["window"]),
     )
-    return Contents(manifest, state, [End(*row) for row in zip(*ends.values(), strict=True)])
+    columns = (ends[name].to_pylist() for name in ("stream_id", "epoch", "ended_ms", "reason"))
+    return Contents(manifest, state, [End(*row) for row in zip(*columns, strict=True)])
 
 
 @contextmanager
@@ -300,9 +308,16 @@ def _checked(path: Path) -> Iterator[pa.BufferReader]:
 
 def _manifest(path: Path, schema: pa.Schema) -> Manifest:
     try:
-        return Manifest(**json.loads(schema.metadata[b"liverank"]))
+        manifest = Manifest(**json.loads(schema.metadata[b"liverank"]))
     except (KeyError, TypeError, ValueError) as error:
         raise SnapshotError(f"{path}: written by another version: {error}") from error
+    for field in fields(Manifest):
+        value = getattr(manifest, field.name)
+        if type(value).__name__ != str(field.type).partition("[")[0] or (isinstance(value, int) and value < 0):
+            raise SnapshotError(f"{path}: {field.name} is not what a manifest says: {value!r:.80}")
+    if manifest.offset != offset_of(path):
+        raise SnapshotError(f"{path}: it is of offset {manifest.offset}, its name says another")
+    return manifest
 
 
 def _numpy(column: pa.ChunkedArray) -> Any:

@@ -7,6 +7,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from server.errors import LogError, LogFull
 from server.log.base import Record
@@ -23,42 +24,50 @@ class SqliteLog:
     """`EventLog` in one file. ``synchronous=FULL`` makes a commit return after fsync of the WAL.
 
     A last record that is not what was written is removed, loudly: a torn write was never acknowledged. Any other
-    damage is left alone.
+    damage is left alone. ``read_only``: changes nothing, whatever it finds, and may stand beside a server.
 
     Raises:
         LogError: the file cannot be opened, is no liverank log, or its last two records are damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, read_only: bool = False) -> None:
+        self.path, self._read_only = path, read_only
         self.truncated: int | None = None
         """Offset of the damaged last record that was removed."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # for a new file; changes nothing in an old one
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS log ("
-                "  record INTEGER PRIMARY KEY, applied_ms INTEGER NOT NULL,"
-                "  checksum INTEGER NOT NULL, payload BLOB NOT NULL)"
-            )
+            self._db = self._opened() if read_only else self._made()
             self._last = self._intact_last()
             first = self._db.execute("SELECT MIN(record) FROM log").fetchone()[0]
         except (sqlite3.Error, OSError) as error:
             raise _error(path, "cannot open the event log", error) from error
         self._first: int | None = first
 
+    def _opened(self) -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{quote(str(self.path.resolve()))}?mode=ro", uri=True, isolation_level=None)
+
+    def _made(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+        db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # for a new file; changes nothing in an old one
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS log ("
+            "  record INTEGER PRIMARY KEY, applied_ms INTEGER NOT NULL,"
+            "  checksum INTEGER NOT NULL, payload BLOB NOT NULL)"
+        )
+        return db
+
     def _intact_last(self) -> Record | None:
         rows = self._db.execute(
             "SELECT record, applied_ms, checksum, payload FROM log ORDER BY record DESC LIMIT 2"
         ).fetchall()
-        intact = [zlib.crc32(payload) == checksum for _, _, checksum, payload in rows]
+        intact = [_is_intact(payload, checksum) for _, _, checksum, payload in rows]
         if rows and not intact[0]:
             # Were more than the last one removed, restarts would eat the log record by record.
-            if not intact[-1] or len(rows) == 1:
-                raise LogError(f"{self.path}: record {rows[-1][0]} is damaged (checksum differs). {REPAIR}")
+            if not intact[-1] or len(rows) == 1 or self._read_only:
+                damaged = rows[0 if self._read_only else -1][0]
+                raise LogError(f"{self.path}: record {damaged} is damaged (checksum differs). {REPAIR}")
             self.truncated = rows[0][0]
             logger.error(
                 "%s: record %d, the last one, is damaged (checksum differs) and was REMOVED; "
@@ -106,7 +115,7 @@ class SqliteLog:
             for offset, applied_ms, checksum, payload in rows:
                 if offset != expected:
                     raise LogError(f"{self.path}: record {expected} is missing (found {offset}). {REPAIR}")
-                if zlib.crc32(payload) != checksum:
+                if not _is_intact(payload, checksum):
                     raise LogError(f"{self.path}: record {offset} is damaged (checksum differs). {REPAIR}")
                 expected += 1
                 yield Record(offset, applied_ms, payload)
@@ -123,6 +132,11 @@ class SqliteLog:
 
     def close(self) -> None:
         self._db.close()
+
+
+def _is_intact(payload: object, checksum: object) -> bool:
+    """Damage may also have changed a value's type."""
+    return isinstance(payload, bytes) and zlib.crc32(payload) == checksum
 
 
 def _error(path: Path, what: str, error: Exception) -> LogError:

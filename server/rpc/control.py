@@ -10,9 +10,15 @@ from liverank.v1 import ingest_pb2 as pb
 from server.engine import Engine, PublishResult
 from server.errors import NotFound, Refused
 from server.live.events import decode_batch
-from server.log.commit import CommitPath, Submission
+from server.log.commit import TIME_PRODUCER, CommitPath, Submission
 
 PRODUCER = "liverank-control"
+
+
+def is_reserved(producer_id: str) -> bool:
+    """Whether a server numbers its own events under this one (with Kafka each has a name of its own): nobody else may,
+    or the sequences it uses up are the ones that blocks and reconciled ends would need."""
+    return producer_id in (PRODUCER, TIME_PRODUCER) or producer_id.startswith(f"{PRODUCER}-")
 
 
 class Control:

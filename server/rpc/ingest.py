@@ -16,7 +16,7 @@ from server.live.events import DecodedBatch, Rejection, decode_batch
 from server.log.commit import CommitPath, Submission
 from server.recorder import Recorder
 from server.rpc.auth import caller
-from server.rpc.control import PRODUCER
+from server.rpc.control import is_reserved
 from server.rpc.slots import StreamSlots
 from server.rpc.status import guarded_stream
 from server.security.access import Identity
@@ -70,7 +70,7 @@ class IngestService(pb_grpc.IngestServicer):
         if self._marks and not self._is_marked(batch):
             raise InvalidRequest("EventBatch", "not a valid message: its last field is cut off")
         producer_id = batch.events.producer_id
-        if producer_id == PRODUCER or not producer.may_produce_as(producer_id):
+        if is_reserved(producer_id) or not producer.may_produce_as(producer_id):
             raise Forbidden(f"producer_id: {producer.name} may not publish as {producer_id!r}")
         if Role.ADMIN not in producer.roles and (batch.events.kind == fence.MODERATED).any():
             payload, batch = self._without_moderation(payload)

@@ -157,7 +157,10 @@ class Metrics:
             registry=r,
         )
         self.log_errors = Counter(
-            "liverank_log_errors_total", "Groups of batches refused: they could not be written", ["reason"], registry=r
+            "liverank_log_errors_total",
+            "Writes to the log that failed: batches were refused; trim: old records stay",
+            ["reason"],
+            registry=r,
         )
         self.log_trimmed = Counter("liverank_log_trimmed_records_total", "Old records deleted from the log", registry=r)
         self.log_truncated = Counter(

@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pyarrow.parquet
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
-from liverank.v1 import admin_pb2, liveness_pb2
+from liverank.v1 import admin_pb2, admin_pb2_grpc, ingest_pb2, liveness_pb2
 
+from kernels import fence
+from loadtest.faults.broker import Broker, running_broker
+from loadtest.processes import to_toml
 from server.app import App
 from server.clock import ManualClock, SystemClock
 from server.config import parse_settings
 from server.errors import ConfigError, LogError
-from tests.app import SMALL, Client, running_app, status_of
+from server.export import run_export
+from server.rpc.control import PRODUCER
+from tests.app import SMALL, Client, running_app, serving_app, status_of
+from tests.e2e.test_access import Publisher
 from tests.events import T0, batch, event, started
-from tests.kafka_broker import Broker, running_broker
+from tests.secured import TOKENS, channel, write_access
 from tests.triton_server import eventually
 from tests.unit.test_snapshots import everything
 
@@ -113,6 +120,9 @@ def test_a_tick_expires_nothing_beyond_the_stamps_of_the_log_yet_nothing_is_show
         client.publish(started("s", 0, T0))
         assert client.shown() == ["s"]
         clock.advance(60_000)
+        engine = client.app.engine
+        as_of_ms = engine.call(lambda: (engine.set_rules(engine.streams.book), engine.pipeline.snapshot.now_ms)[1])
+        assert as_of_ms.result(5.0) == clock.now_ms(), "what is no part of the log's state follows the clock"
         client.tick()
         assert client.admin.Status(admin_pb2.StatusRequest(), timeout=5.0).live == 1, "time is the log's"
         assert client.shown() == []
@@ -230,3 +240,74 @@ def test_kafka_without_brokers_and_options_we_rely_on_are_refused(tmp_path: Path
         parse_settings({"log": {"kind": "kafka"}})
     with pytest.raises(ConfigError, match=r"log\.kafka\.options: acks cannot be changed"):
         server(tmp_path / "a", broker, options={"acks": "0"}).__enter__()
+
+
+def test_what_security_refuses_stays_refused_on_every_server_and_behind_a_snapshot(
+    tmp_path: Path, broker: Broker
+) -> None:
+    """The publisher's marks are in the topic: a reader that asks nobody who they are decides the same."""
+    access = write_access(tmp_path / "access.toml", "producer", "other", "admin")
+    owned = {"access_file": str(access), "producers_own_streams": True, "max_streams_per_producer": 2}
+    settings = {"table": {**SMALL, "lease_ms": 60_000}, "log": kafka(broker)}
+    with (
+        serving_app(tmp_path / "a", SystemClock(), False, **settings, security=owned) as a,
+        running_app(tmp_path / "b", SystemClock(), False, **settings) as b,
+        channel(a.port, TOKENS["producer"]) as mine,
+        channel(a.port, TOKENS["other"]) as theirs,
+        channel(a.port, TOKENS["admin"]) as admins,
+    ):
+        first, second = Publisher(mine), Publisher(theirs)
+        assert first.codes(*(started(f"s{i}", 0, now_ms()) for i in range(3)), producer="producer") == [
+            0, 0, ingest_pb2.TOO_MANY_STREAMS,
+        ]  # fmt: skip
+        end = event("s0", 0, now_ms(), epoch=1, ended={})
+        assert second.codes(end, event("s1", 0, now_ms(), moderated={"action": 1}), producer="other") == [
+            ingest_pb2.NOT_OWNER, ingest_pb2.NOT_PERMITTED,
+        ]  # fmt: skip
+        for name in (f"{PRODUCER}-{(tmp_path / 'a' / 'events.snapshots' / 'server-id').read_text()}", "liverank-time"):
+            with pytest.raises(grpc.RpcError) as failed:
+                Publisher(theirs).send(started("x", 0, now_ms()), producer=name)
+            assert status_of(failed.value)[0] == "PERMISSION_DENIED"
+        block = admin_pb2_grpc.AdminStub(admins).BlockStream(admin_pb2.BlockStreamRequest(stream_id="s1"), timeout=10.0)
+        b.rank(min_offset=block.offset)
+        with running_app(tmp_path / "c", SystemClock(), False, **settings) as c:  # from the topic alone
+            assert_same_at_one_offset(b, c)
+            columns = c.app.engine.table.columns
+            assert columns.owner[:2].all() and (columns.state[:2] == fence.LIVE).all()
+            assert columns.moderation[:2].tolist() == [0, fence.MODERATED_BLOCKED]
+            c.app.snapshots.take()
+        first.close()
+        second.close()
+    with (
+        serving_app(tmp_path / "c", SystemClock(), False, **settings, security=owned) as c,
+        channel(c.port, TOKENS["other"]) as theirs,
+    ):
+        publisher = Publisher(theirs)
+        publisher.sequence = 100
+        assert publisher.codes(event("s0", 0, now_ms(), epoch=1, ended={}), producer="other") == [ingest_pb2.NOT_OWNER]
+        publisher.close()
+
+
+def test_the_table_of_a_topic_can_be_exported(tmp_path: Path, broker: Broker) -> None:
+    with server(tmp_path / "a", broker) as a:
+        offset = a.publish(started("s", 0, now_ms()), started("t", 0, now_ms())).offset
+        a.app.snapshots.take()
+        a.publish(event("t", 0, now_ms(), epoch=1, ended={}))
+        broker.delete_before(TOPIC, offset - 1)
+        config, out = tmp_path / "liverank.toml", tmp_path / "table.parquet"
+        about = {**kafka(broker)["kafka"], "options": None}
+        options = {"fetch.wait.max.ms": "10"}
+        config.write_text(
+            to_toml(
+                {
+                    "table": {**SMALL, "lease_ms": 2_000, "grace_ms": 500},
+                    "log": {"kind": "kafka", "path": str(tmp_path / "a" / "events.sqlite3")},
+                    "log.kafka": {name: value for name, value in about.items() if value is not None},
+                    "log.kafka.options": options,
+                }
+            )
+        )
+        assert run_export(out, config) == 0
+    written = pyarrow.parquet.read_table(out)
+    assert dict(zip(written["stream_id"].to_pylist(), written["state"].to_pylist(), strict=True))["t"] == "ended"
+    assert int(written.schema.metadata[b"offset"]) > offset

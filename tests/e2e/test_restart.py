@@ -14,10 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from liverank.v1 import liveness_pb2, ranking_pb2, ranking_pb2_grpc
 
 from server import app as app_module
+from server import recovery
 from server.app import App
 from server.clock import ManualClock
 from server.config import parse_settings
 from server.errors import ConfigError, Draining, LogError, SnapshotError
+from server.export import opened, recovered
 from server.log.base import Record
 from server.log.sqlite import SqliteLog
 from server.log.trim import LogTrimmer
@@ -271,6 +273,91 @@ def test_a_running_server_keeps_the_log_back_to_its_oldest_kept_snapshot(tmp_pat
     snapshots(tmp_path)[1].unlink()
     with running_app(tmp_path, clock) as client:
         assert state(client) == before
+
+
+def exported(folder: Path) -> tuple[dict[str, Any], int, int]:
+    """What `liverank table export` would write about."""
+    settings = parse_settings({"table": SMALL, "log": {"path": str(folder / "events.sqlite3")}})
+    with opened(settings) as history:
+        table, offset, at_ms = recovered(history, settings)
+    return everything(table), offset, at_ms
+
+
+def test_an_export_needs_no_record_that_a_snapshot_covers_and_changes_nothing(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    with running_app(tmp_path, clock) as client:
+        fill(client, 0, 10)
+        clock.advance(12_000)  # leases run out by the clock alone: the snapshot knows, the log does not
+        client.tick()
+        offset = client.app.snapshots.take()
+        fill(client, 10, 3)
+        trimmer = LogTrimmer(tmp_path / "events.sqlite3")
+        while trimmer.step(offset + 1):
+            pass
+        trimmer.close()
+        want = state(client)
+        found, at, at_ms = exported(tmp_path)  # beside the running server
+        assert {"offset": at, **found} == want and at_ms == clock.now_ms()
+    newest = snapshots(tmp_path)[-1]
+    flip(newest, newest.stat().st_size // 2)
+    with pytest.raises(LogError, match=r"records 1 to \d+ are gone, and no usable snapshot covers them"):
+        exported(tmp_path)
+    assert newest.exists(), "setting it aside is the server's business"
+    flip(newest, newest.stat().st_size // 2)
+    flip(tmp_path / "events.sqlite3", (tmp_path / "events.sqlite3").read_bytes().rindex(b"title 12"))
+    before = (tmp_path / "events.sqlite3").read_bytes()
+    with pytest.raises(LogError, match=r"record \d+ is damaged"):
+        exported(tmp_path)
+    assert (tmp_path / "events.sqlite3").read_bytes() == before, "to remove it is a start's business"
+
+
+def test_an_export_whose_snapshot_was_overtaken_while_it_read_begins_again(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_app(tmp_path, clock, snapshot={"keep": 1}) as client:
+        fill(client, 0, 5)
+        client.app.snapshots.take()
+        original = recovery.starting_point
+
+        def overtaken(*arguments: Any) -> int:
+            monkeypatch.setattr("server.export.starting_point", original)
+            fill(client, 5, 5)
+            client.app.snapshots.take()
+            client.app.snapshots._trim()
+            return original(*arguments)
+
+        monkeypatch.setattr("server.export.starting_point", overtaken)
+        found, at, _ = exported(tmp_path)
+        assert {"offset": at, **found} == state(client)
+
+
+def test_a_snapshot_folder_that_cannot_be_used_is_refused_with_its_key(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(self: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("server.log.snapshot.SnapshotFolder.remove_half_written", read_only)
+    with pytest.raises(ConfigError, match=r"snapshot\.path: .* cannot be used: .*Permission denied"):
+        running_app(tmp_path, clock).__enter__()
+
+
+def test_a_snapshot_from_before_a_restart_is_in_the_metrics_and_a_log_that_cannot_be_shortened_is_counted(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(self: Any, before: int) -> int:
+        raise LogError("cannot delete old records")
+
+    with running_app(tmp_path, clock, snapshot={"keep": 1}) as client:
+        fill(client, 0, 5)
+        offset = client.app.snapshots.take()
+    monkeypatch.setattr("server.log.trim.LogTrimmer.step", stuck)
+    with running_app(tmp_path, clock, snapshot={"keep": 1}) as client:
+        assert client.app.metrics.snapshot_offset._value.get() == offset, "else it looks as if none were ever taken"
+        with pytest.raises(LogError):
+            client.app.snapshots._trim()
+        assert client.app.metrics.log_errors.labels("trim")._value.get() == 1
 
 
 def test_a_failed_snapshot_is_counted_and_tried_again(

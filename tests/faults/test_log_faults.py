@@ -1,49 +1,28 @@
-"""The log under faults: killed while snapshotting, torn and flipped bytes, a full disk, brokers that go."""
+"""The log under faults that an operator must mend; those that mend themselves are scenarios of the fault matrix."""
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
-from liverank.v1 import (
-    admin_pb2,
-    admin_pb2_grpc,
-    ingest_pb2,
-    ingest_pb2_grpc,
-    liveness_pb2,
-    liveness_pb2_grpc,
-    ranking_pb2,
-    ranking_pb2_grpc,
-)
 
+from loadtest.faults.broker import running_broker
+from loadtest.faults.log_faults import kafka_sections
+from loadtest.faults.own_server import Settings, flip, kill, live, metric, publish, settings_of, starts, status
 from loadtest.processes import ROOT, NotStartedError, Server, start_server, to_toml
 from server.__main__ import main
-from server.clock import SystemClock
-from tests.app import SMALL, put_current_model, status_of
-from tests.events import started
-from tests.kafka_broker import running_broker
+from tests.app import put_current_model
 from tests.triton_server import eventually
-
-Settings = dict[str, dict[str, Any]]
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     put_current_model(tmp_path / "models")
-    return {
-        "table": {**SMALL, "capacity": 20_000, "lease_ms": 600_000},
-        "scoring": {"mode": "local", "model_repository": str(tmp_path / "models")},
-        "serve": {"drain_grace_ms": 5_000},
-    }
+    return settings_of(tmp_path / "models")
 
 
 @pytest.fixture
@@ -60,53 +39,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         server.process.wait()
 
 
-def starts(first: int, count: int) -> ingest_pb2.EventBatch:
-    now_ms = SystemClock().now_ms()
-    events = [started(f"stream-{i:05d}", i + 1, now_ms, title=f"title {i}") for i in range(first, first + count)]
-    return ingest_pb2.EventBatch(producer_id="p", events=events)
-
-
-def publish(server: Server, *batches: ingest_pb2.EventBatch) -> list[ingest_pb2.PublishAck]:
-    with grpc.insecure_channel(server.address) as channel:
-        return list(ingest_pb2_grpc.IngestStub(channel).Publish(iter(batches), timeout=30.0))
-
-
-def status(server: Server) -> admin_pb2.StatusResponse:
-    with grpc.insecure_channel(server.address) as channel:
-        return admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), timeout=10.0)
-
-
-def live(server: Server, ids: list[str]) -> list[str]:
-    refs = [liveness_pb2.StreamRef(stream_id=i) for i in ids]
-    with grpc.insecure_channel(server.address) as channel:
-        check = liveness_pb2_grpc.LivenessStub(channel).CheckLive
-        found = check(liveness_pb2.CheckLiveRequest(streams=refs), timeout=10.0).streams
-    return [s.stream_id for s in found if s.state == liveness_pb2.LiveStatus.LIVE]
-
-
-def rank(server: Server) -> ranking_pb2.RankResponse:
-    with grpc.insecure_channel(server.address) as channel:
-        return ranking_pb2_grpc.RankingStub(channel).Rank(ranking_pb2.RankRequest(limit=20), timeout=10.0)
-
-
-def metric(server: Server, name: str) -> float:
-    text = urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=10.0).read().decode()
-    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-    return float(found.group(1)) if found else 0.0
-
-
-def kill(server: Server) -> None:
-    server.process.kill()
-    assert server.process.wait(10) == -signal.SIGKILL
-
-
-def flip(path: Path, marker: bytes) -> None:
-    """Damages one byte right after the first place where ``marker`` stands in a file."""
-    data = bytearray(path.read_bytes())
-    data[data.index(marker) + len(marker) - 1] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Runs `liverank` with arguments in this process; gives its exit status and all it printed."""
@@ -118,62 +50,6 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]
         return code, printed.out + printed.err
 
     return run
-
-
-def test_kill_9_while_a_snapshot_is_written_loses_nothing_and_leaves_no_half_file(
-    tmp_path: Path, settings: Settings, start: Callable[..., Server]
-) -> None:
-    settings["snapshot"] = {"every_ms": 1}
-    server = start(settings)
-    snapshots = tmp_path / "server" / "events.snapshots"
-    acknowledged = 0
-    with grpc.insecure_channel(server.address) as channel:
-        acks = ingest_pb2_grpc.IngestStub(channel).Publish(starts(i, 100) for i in range(0, 19_000, 100))
-        for ack in acks:
-            assert not ack.rejected
-            acknowledged += 100
-            suffixes = {name.rsplit(".", 1)[-1] for name in os.listdir(snapshots)} if snapshots.exists() else set()
-            if suffixes >= {"tmp", "snapshot"}:  # one is finished, the next is being written
-                kill(server)
-                break
-    assert 100 < acknowledged < 19_000
-    again = start({**settings, "snapshot": {"every_ms": 600_000}})
-    assert status(again).live >= acknowledged
-    assert len(live(again, [f"stream-{i:05d}" for i in range(0, acknowledged, 20)])) == acknowledged // 20
-    assert not list(snapshots.glob("*.tmp"))
-    assert "snapshot of offset 0" not in again.log.read_text().rsplit("recovered to", 1)[1]
-
-
-def killed_after(start: Callable[..., Server], settings: Settings, batches: int) -> None:
-    """A server that made that many records, each durable, and was killed: its WAL is as the last fsync left it."""
-    server = start(settings)
-    publish(server, *(starts(i, 1) for i in range(batches)))
-    kill(server)
-
-
-def test_a_wal_torn_in_its_last_frame_loses_that_record_only(
-    tmp_path: Path, settings: Settings, start: Callable[..., Server]
-) -> None:
-    killed_after(start, settings, 5)
-    wal = tmp_path / "server" / "events.sqlite3-wal"
-    os.truncate(wal, wal.stat().st_size - 1_000)
-    again = start(settings)
-    assert live(again, [f"stream-{i:05d}" for i in range(5)]) == [f"stream-{i:05d}" for i in range(4)]
-    (ack,) = publish(again, ingest_pb2.EventBatch(producer_id="q", events=[starts(4, 1).events[0]]))
-    assert ack.offset == 5 and not ack.rejected
-
-
-def test_a_damaged_last_record_is_removed_loudly_and_the_server_starts(
-    tmp_path: Path, settings: Settings, start: Callable[..., Server]
-) -> None:
-    server = start(settings)
-    publish(server, *(starts(i, 1) for i in range(5)))
-    assert server.stop() == 0
-    flip(tmp_path / "server" / "events.sqlite3", b"stream-00004")
-    again = start(settings)
-    assert live(again, [f"stream-{i:05d}" for i in range(5)]) == [f"stream-{i:05d}" for i in range(4)]
-    assert "record 5, the last one, is damaged (checksum differs) and was REMOVED" in again.log.read_text()
-    assert metric(again, "liverank_log_truncated_records_total") == 1
 
 
 def test_a_flipped_byte_in_the_middle_refuses_to_start_until_the_operator_decides(
@@ -221,107 +97,9 @@ def test_damage_that_a_snapshot_covers_does_no_harm(
     assert len(live(start(settings), [f"stream-{i:05d}" for i in range(7)])) == 7
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 24 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"cannot mount a small tmpfs: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill_disk(folder: Path) -> Path:
-    """A file that takes all the space there is left."""
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while file.write(bytes(size)):
-                    pass
-            except OSError:
-                continue
-    return filler
-
-
-def test_a_full_disk_refuses_publish_ranks_on_and_recovers_by_itself(
-    settings: Settings, start: Callable[..., Server], small_disk: Path
-) -> None:
-    settings["snapshot"] = {"every_ms": 100}
-    server = start(settings, small_disk)
-    publish(server, starts(0, 200))
-    eventually(lambda: rank(server).streams, what="streams are ranked")
-    eventually(lambda: metric(server, 'liverank_snapshots_total{outcome="written"}') >= 1, what="a snapshot")
-    filler = fill_disk(small_disk)
-
-    def refused() -> grpc.RpcError | None:
-        nonlocal acknowledged
-        try:
-            publish(server, starts(acknowledged, 200))
-        except grpc.RpcError as error:
-            return error
-        acknowledged += 200  # into space the log had reserved already
-        return None
-
-    acknowledged = 200
-    code, details = status_of(eventually(refused, what="Publish is refused"))
-    assert code == "RESOURCE_EXHAUSTED" and "no space left" in details
-    assert rank(server).streams, "ranking goes on"
-    assert metric(server, 'liverank_log_errors_total{reason="full"}') >= 1
-    snapshots = small_disk / "events.snapshots"
-    if acknowledged > 200:
-        eventually(lambda: metric(server, 'liverank_snapshots_total{outcome="failed"}') >= 1, what="a failed snapshot")
-        assert not list(snapshots.glob("*.tmp"))
-    filler.unlink()
-    (ack,) = publish(server, starts(acknowledged, 200))
-    assert not ack.rejected and ack.accepted == 200
-    eventually(lambda: metric(server, "liverank_snapshot_offset") >= ack.offset, what="a snapshot, by itself")
-    kill(server)
-    assert status(start(settings, small_disk)).live == acknowledged + 200
-
-
-def kafka_settings(settings: Settings, servers: str) -> Settings:
-    kafka = {"bootstrap_servers": servers, "topic": "events", "ack_timeout_ms": 1_000, "time_record_ms": 100}
-    return {**settings, "log": {"kind": "kafka"}, "log.kafka": kafka, "log.kafka.options": {"fetch.wait.max.ms": "10"}}
-
-
-def test_brokers_that_go_refuse_publish_ranking_goes_on_and_all_is_well_when_they_are_back(
-    tmp_path: Path, settings: Settings, start: Callable[..., Server]
-) -> None:
-    with running_broker("events") as broker:
-        about = kafka_settings(settings, broker.servers)
-        server = start(about, tmp_path / "a")
-        publish(server, starts(0, 10))
-        broker.down()
-        with pytest.raises(grpc.RpcError) as failed:
-            publish(server, starts(10, 10))
-        code, details = status_of(failed.value)
-        assert code == "UNAVAILABLE" and "may or may not be in the log" in details
-        eventually(lambda: rank(server).streams, what="ranking goes on")
-        broker.up()
-        acks = eventually(lambda: _published(server, starts(10, 10)), within_s=20.0, what="Publish works again")
-        assert acks[0].accepted + len(acks[0].rejected) == 10  # the first try may have arrived after all
-        kill(server)
-        again = start(about, tmp_path / "a")
-        other = start(about, tmp_path / "b")
-        for one in (again, other):
-            assert live(one, [f"stream-{i:05d}" for i in range(20)]) == [f"stream-{i:05d}" for i in range(20)]
-
-
-def _published(server: Server, batch: ingest_pb2.EventBatch) -> list[ingest_pb2.PublishAck]:
-    try:
-        return publish(server, batch)
-    except grpc.RpcError:
-        return []
-
-
 def test_a_start_without_brokers_waits_not_serving_and_can_be_stopped(tmp_path: Path, settings: Settings) -> None:
     with running_broker("events") as broker:
-        about = kafka_settings(settings, broker.servers)
+        about = {**settings, **kafka_sections(broker.servers)}
     config, log = tmp_path / "config.toml", tmp_path / "log"
     about["serve"] = {"port": 0, "metrics_port": 0}
     about["log"]["path"] = str(tmp_path / "events")
@@ -345,7 +123,7 @@ def test_a_record_deleted_at_the_brokers_before_it_was_read_ends_the_server_and_
     tmp_path: Path, settings: Settings, start: Callable[..., Server]
 ) -> None:
     with running_broker("events") as broker:
-        about = kafka_settings(settings, broker.servers)
+        about = {**settings, **kafka_sections(broker.servers)}
         about["snapshot"] = {"every_ms": 20}
         server = start(about, tmp_path / "a")
         publish(server, starts(0, 1), starts(1, 1))

@@ -24,7 +24,7 @@ from liverank.v1 import (
     ranking_pb2_grpc,
 )
 
-from loadtest.processes import ROOT, Server, start_server
+from loadtest.processes import ROOT, Server, start_server, to_toml
 from server.clock import SystemClock
 from tests.app import SMALL, put_current_model
 from tests.events import event, started
@@ -139,6 +139,29 @@ def test_kill_9_while_writing_loses_nothing_that_was_acknowledged(
             assert not {s.stream_id for s in shown.streams} & {f"s{i}" for i in ended} and shown.streams
     finally:
         again.stop()
+
+
+def test_a_part_that_fails_before_the_server_serves_ends_it_with_a_failure(
+    tmp_path: Path, settings: dict[str, dict[str, Any]]
+) -> None:
+    """Exit status 0 would tell a supervisor that all is well and nothing needs a restart."""
+    settings = {**settings, "log": {"path": str(tmp_path / "events.sqlite3")}, "serve": {"port": 0, "metrics_port": 0}}
+    (tmp_path / "config.toml").write_text(to_toml(settings))
+    program = """
+import server.app
+from server.__main__ import main
+
+def fails(engine, backend):
+    engine._on_fault()  # as its thread would, beside the one that starts
+
+server.app.warm_up = fails
+raise SystemExit(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "serve", "--config", str(tmp_path / "config.toml")],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-MAX_BYTES = 4096
 
 
 def main() -> int:
@@ -75,7 +74,7 @@ def _guided(name: str, seconds: float, seed: int) -> int:
     with tempfile.TemporaryDirectory(prefix="liverank-fuzz-") as folder:
         for i, data in enumerate(target.seeds()):
             (Path(folder) / str(i)).write_bytes(data)
-        arguments = [f"-max_total_time={max(1, int(seconds))}", f"-seed={seed}", f"-max_len={MAX_BYTES}"]
+        arguments = [f"-max_total_time={max(1, int(seconds))}", f"-seed={seed}", f"-max_len={target.max_bytes}"]
         arguments += ["-print_final_stats=1", f"-artifact_prefix={CORPUS / name}/", "-timeout=20", folder]
         atheris.Setup([sys.argv[0], *arguments], lambda data: target.run(data) and None)
         atheris.Fuzz()  # ends the process
@@ -89,7 +88,7 @@ def _plain(name: str, seconds: float, seed: int) -> int:
     seeds = target.seeds()
     inputs, ends_s = 0, time.monotonic() + seconds
     while time.monotonic() < ends_s:
-        data = mutate(seeds[int(rng.integers(len(seeds)))], rng)
+        data = mutate(seeds[int(rng.integers(len(seeds)))], rng, target.max_bytes)
         inputs += 1
         try:
             target.run(data)
@@ -104,7 +103,7 @@ def _plain(name: str, seconds: float, seed: int) -> int:
     return 0
 
 
-def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+def mutate(data: bytes, rng: np.random.Generator, max_bytes: int) -> bytes:
     """A few random changes: bytes flipped, set to extremes, cut out, repeated or put in."""
     out = bytearray(data)
     for _ in range(int(rng.integers(1, 5))):
@@ -120,7 +119,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
                 out[at:at] = out[at : at + 4 * length]
             case _:
                 out[at:at] = rng.integers(0, 256, length).astype(np.uint8).tobytes()
-    return bytes(out[:MAX_BYTES])
+    return bytes(out[:max_bytes])
 
 
 if __name__ == "__main__":

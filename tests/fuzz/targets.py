@@ -6,6 +6,7 @@ deliberate errors is a fault.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,13 +15,28 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from liverank.v1 import ingest_pb2, liveness_pb2, ranking_pb2
 
 from loadtest.replay.reader import read_history
 from server.config import ROOT, load_settings, parse_settings
-from server.errors import BadScores, ConfigError, InvalidRequest, LiverankError, SchemaMismatch, Unauthenticated
-from server.live.events import decode_batch
+from server.errors import (
+    BadScores,
+    ConfigError,
+    InvalidRequest,
+    LiverankError,
+    SchemaMismatch,
+    SnapshotError,
+    Unauthenticated,
+)
+from server.live.arrow_events import decode_arrow
+from server.live.ends import EndFeed
+from server.live.events import KINDS, decode_batch
 from server.live.features import FeatureSet
+from server.live.state import StateBuffer, restore
+from server.live.table import End
+from server.log import snapshot
+from server.log.snapshot import Contents, SnapshotFolder, manifest_of
 from server.rpc.auth import parser_of
 from server.rpc.decode import check_stream_id, decode_rank
 from server.rules.rulebook import RuleBook
@@ -28,7 +44,8 @@ from server.scoring.model_config import check_config, parse_config
 from server.security.access import AccessList
 from server.security.gate import bearer
 from server.security.tokens import hash_token
-from tests.events import T0, event, new_table, small_settings, started
+from tests.arrow_events import payload, to_batch, to_ipc, to_rows
+from tests.events import T0, batch, event, new_table, small_settings, started
 from tests.histories import broadcast, write_csv, write_parquet
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -36,16 +53,19 @@ SETTINGS = parse_settings({"table": {"capacity": 8, "embedding_dim": 4, "max_eve
 TABLE = small_settings(capacity=8, max_events_per_batch=50)
 SURFACES = ("default", "chart")
 TOKEN = "a." + "x" * 43
+MAX_BYTES, COLUMNAR_BYTES = 4_096, 16_384
 
 
 @dataclass(frozen=True)
 class Target:
-    """A decoder. run: raises on a fault and only then. seeds: well-formed inputs to begin with."""
+    """A decoder. run: raises on a fault and only then. seeds: well-formed inputs to begin with. max_bytes: of an
+    input; longer ones are cut."""
 
     name: str
     decode: Callable[[bytes], object]
     allowed: tuple[type[LiverankError], ...]
     make_seeds: Callable[[], list[bytes]] = field(repr=False)
+    max_bytes: int = MAX_BYTES
 
     def run(self, data: bytes) -> bool:
         """Whether ``data`` was accepted."""
@@ -65,10 +85,10 @@ TARGETS: dict[str, Target] = {}
 
 
 def target(
-    seeds: Callable[[], list[bytes]], *allowed: type[LiverankError]
+    seeds: Callable[[], list[bytes]], *allowed: type[LiverankError], max_bytes: int = MAX_BYTES
 ) -> Callable[[Callable[[bytes], object]], Callable[[bytes], object]]:
     def register(decode: Callable[[bytes], object]) -> Callable[[bytes], object]:
-        TARGETS[decode.__name__] = Target(decode.__name__, decode, allowed, seeds)
+        TARGETS[decode.__name__] = Target(decode.__name__, decode, allowed, seeds, max_bytes)
         return decode
 
     return register
@@ -106,16 +126,21 @@ def check_live(data: bytes) -> object:
     return message
 
 
-def _event_batches() -> list[bytes]:
+def _events() -> list[ingest_pb2.Event]:
     money = {"amount_minor": 250, "currency": "USD"}
-    events = [
+    return [
         started("s", 1, embedding=[1.0, 0.0, 0.0, 0.0], tags=["t"], language="en", age_rating=18),
         event("s", 2, epoch=1, heartbeat={"media_sequence": 9}),
         event("s", 3, viewer="v", watched={"seconds": 3.5}), event("s", 4, bid=money), event("s", 5, purchased=money),
         event("s", 6, moderated={"action": 1}), event("s", 7, viewer="v", chatted={"count": 3}),
         event("s", 8, viewer_count={"count": 7}), event("s", 9, reported={"reason": "x"}),
-        event("s", 10, epoch=1, ended={"reason": "creator"}),
+        event("s", 10, epoch=1, impression={"request_id": "r", "served_ms": T0, "verify_by_ms": T0 + 5}),
+        event("s", 11, epoch=1, ended={"reason": "creator"}),
     ]  # fmt: skip
+
+
+def _event_batches() -> list[bytes]:
+    events = _events()
     whole = ingest_pb2.EventBatch(producer_id="p", events=events)
     owned = ingest_pb2.EventBatch(producer_id="p", events=events[:2], own_streams_only=True, max_streams=1)
     return [whole.SerializeToString(), owned.SerializeToString()]
@@ -139,6 +164,37 @@ def event_batch_applied(data: bytes) -> object:
     return table
 
 
+def _arrow_batches() -> list[bytes]:
+    rows = to_rows(_events())
+    plain = {"kind": pa.int8(), "stream_id": pa.dictionary(pa.int32(), pa.large_utf8())}
+    numbered = [{**row, "kind": KINDS[row["kind"]]} for row in rows]
+    embedding = {"embedding": pa.list_(pa.float32(), 4), "tags": pa.large_list(pa.utf8())}
+    return [
+        to_ipc(to_batch(rows)),
+        to_ipc(to_batch(numbered[1:6], plain)),
+        to_ipc(to_batch(rows[:1], embedding)),
+    ]
+
+
+@target(_arrow_batches, InvalidRequest, max_bytes=COLUMNAR_BYTES)
+def arrow_batch(data: bytes) -> object:
+    """Bare, so that changes hit the columns and not the message around them."""
+    decoded = decode_arrow("p", data, TABLE)
+    places = sorted([*decoded.events.index.tolist(), *(r.index for r in decoded.rejected)])
+    assert places == list(range(len(places))), "every row is accounted for, once"
+    return decoded
+
+
+@target(_arrow_batches, InvalidRequest, max_bytes=COLUMNAR_BYTES)
+def arrow_batch_applied(data: bytes) -> object:
+    """As `event_batch_applied`."""
+    table = new_table(TABLE)
+    for at_ms in (T0, T0 + 700_000):
+        table.apply(decode_batch(payload(data), TABLE).events if data else decode_arrow("p", data, TABLE).events, at_ms)
+        assert np.isfinite(table.columns.embedding).all() and np.isfinite(table.columns.counters).all()
+    return table
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 
@@ -151,6 +207,38 @@ def _as_file(name: str, data: bytes) -> Path:
     path = _folder() / f"{os.getpid()}-{name}"
     path.write_bytes(data)
     return path
+
+
+def _snapshots() -> list[bytes]:
+    """What stands between the head and the checksum of a snapshot file."""
+    seeds = []
+    for events in ([], _events()):
+        table = new_table(TABLE)
+        table.apply(decode_batch(batch(*events), TABLE).events, T0)
+        state = StateBuffer().capture(table)
+        about = manifest_of(
+            state, offset=7, stamp_ms=T0, record_crc=1, table_ms=T0, log="sqlite", feature_schema="f", ends_newest=1
+        )
+        file = SnapshotFolder(_folder() / f"{os.getpid()}-seeds").write(Contents(about, state, [End("s", 1, T0, "r")]))
+        seeds.append(file.read_bytes()[len(snapshot.HEAD) : -snapshot.DIGEST_BYTES])
+    return seeds
+
+
+@target(_snapshots, SnapshotError, max_bytes=COLUMNAR_BYTES)
+def snapshot_file(data: bytes) -> object:
+    """Sealed again, or nothing but the checksum would ever be met; then put into a table, if it fits."""
+    digest = hashlib.blake2b(snapshot.HEAD + data, digest_size=snapshot.DIGEST_BYTES).digest()
+    folder = _folder() / str(os.getpid())
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{7:020d}{snapshot.SUFFIX}"
+    path.write_bytes(snapshot.HEAD + data + digest)
+    contents = snapshot.read(path)
+    if contents.state.rows <= TABLE.capacity and contents.manifest.embedding_dim == TABLE.embedding_dim:
+        table = new_table(TABLE)
+        restore(table, contents.state)
+        EndFeed(16).restore(contents.manifest.ends_newest, contents.ends)
+        table.apply(decode_batch(batch(*_events()), TABLE).events, T0 + 1_000)
+    return contents
 
 
 @target(lambda: [(ROOT / "rules" / "default.toml").read_bytes()], ConfigError)

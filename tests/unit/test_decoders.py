@@ -30,7 +30,7 @@ def test_changed_input_is_decoded_or_refused(name: str) -> None:
     @settings(max_examples=60, deadline=None, database=None)
     @given(st.sampled_from(seeds), st.integers(0, 2**32))
     def changed(data: bytes, seed: int) -> None:
-        target.run(mutate(data, np.random.default_rng(seed)))
+        target.run(mutate(data, np.random.default_rng(seed), target.max_bytes))
 
     @settings(max_examples=30, deadline=None, database=None)
     @given(st.binary(max_size=300))

@@ -7,17 +7,21 @@ import os
 import shutil
 import socket
 import sqlite3
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from onnx import numpy_helper
 
+from loadtest.faults.broker import running_broker
 from server.clock import ManualClock
-from server.doctor import clock, files, model, ports, security
-from server.doctor.base import Status
+from server.doctor import admission, clock, files, kafka, model, ports, security
+from server.doctor.base import Context, Status
 from server.doctor.eventlog import DamagedLogError, read_last
+from server.errors import LogError
 from server.log.base import Record
 from server.log.sqlite import SqliteLog
 from tests.app import FEATURES, put_current_model
@@ -156,14 +160,22 @@ def test_a_log_that_is_being_written_is_read_to_its_newest_record(tmp_path: Path
     log.close()
 
 
-def test_a_damaged_last_record_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("damaged", "status"), [("= 3", Status.WARN), (">= 2", Status.FAIL)])
+def test_a_damaged_last_record_warns_and_fails_where_a_start_would_refuse(
+    tmp_path: Path, damaged: str, status: Status
+) -> None:
     path = written_log(tmp_path)
     database = sqlite3.connect(path)
-    database.execute("UPDATE log SET payload = x'00' WHERE record = 3")
+    database.execute(f"UPDATE log SET payload = x'00' WHERE record {damaged}")
     database.commit()
     database.close()
-    failure = the_failure(files.log_file, context(tmp_path))
-    assert "record 3" in failure.found and "backup" in failure.mend
+    finding = found(files.log_file, context(tmp_path))["files.log"]
+    assert finding.status is status and "record 3" in finding.found and "backup" in finding.mend
+    if status is Status.FAIL:
+        with pytest.raises(LogError, match="is damaged"):
+            SqliteLog(path)
+    else:
+        SqliteLog(path).close()
 
 
 def test_a_file_that_is_no_log_fails(tmp_path: Path) -> None:
@@ -190,6 +202,73 @@ def test_a_backup_with_a_wal_that_was_not_merged_warns(tmp_path: Path) -> None:
     about = context(tmp_path, log={"path": str(copy / "events.sqlite3")})
     assert found(files.log_file, about)["files.log"].status is Status.WARN
     assert sorted(p.name for p in copy.iterdir()) == ["events.sqlite3", "events.sqlite3-wal"]
+
+
+def test_the_snapshots_folder_must_be_writable_and_should_have_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all_ok(files.snapshots, context(tmp_path))
+    (tmp_path / "file").write_text("")
+    about = context(tmp_path, snapshot={"path": str(tmp_path / "file" / "deeper")})
+    failure = the_failure(files.snapshots, about)
+    assert failure.check == "files.snapshots" and "snapshot.path" in failure.mend
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=4 * 256 * 600))
+    finding = found(files.snapshots, context(tmp_path))["files.snapshots_disk"]
+    assert finding.status is Status.WARN and "4 snapshots" in finding.found
+    assert all_ok(files.snapshots, context(tmp_path, snapshot={"keep": 1})), "half as many fit"
+
+
+# --- kafka and admission --------------------------------------------------------------------------
+
+
+def test_with_kafka_the_sqlite_file_is_nobodys_business_and_the_brokers_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(kafka.kafka(context(tmp_path))) == []
+    (tmp_path / "events.sqlite3").write_bytes(b"not a database at all")
+    with running_broker("events") as broker:
+        broker.create("four", 4)
+
+        def about(**more: Any) -> Context:
+            return context(
+                tmp_path,
+                log={
+                    "path": str(tmp_path / "events.sqlite3"), "kind": "kafka",
+                    "kafka": {"bootstrap_servers": broker.servers, "topic": "events", **more},
+                },
+            )  # fmt: skip
+
+        assert list(files.log_folder(about())) == list(files.log_file(about())) == []
+        assert all_ok(kafka.kafka, about())
+        assert "4 partitions" in the_failure(kafka.kafka, about(topic="four")).found
+        assert "operations.md" in the_failure(kafka.kafka, about(topic="none")).mend
+        assert the_failure(kafka.kafka, about(options={"acks ": "0"})).check == "kafka.client"
+        broker.down()
+        begun_s = time.monotonic()
+        gone = found(kafka.kafka, about())["kafka.brokers"]
+        assert gone.status is Status.WARN and "bootstrap_servers" in gone.mend
+        assert time.monotonic() - begun_s < 5.0
+        monkeypatch.setitem(sys.modules, "confluent_kafka", None)
+        assert "liverank[kafka]" in the_failure(kafka.kafka, about()).mend
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"admission": {"target_wait_ms": 200}}, "target_wait_ms"),
+        ({"admission": {"min_limit": 200}}, "serve.rank_threads"),
+        ({"serve": {"max_queue_rows": 4}}, "serve.max_queue_rows"),
+        ({"serve": {"batch_window_us": 9_000}, "admission": {"target_wait_ms": 5}}, "batch_window_us"),
+        ({"rank": {"min_budget_ms": 300}}, "min_budget_ms"),
+    ],
+)
+def test_admission_settings_that_contradict_each_other_warn(
+    tmp_path: Path, sections: dict[str, dict[str, Any]], told: str
+) -> None:
+    assert all_ok(admission.admission, context(tmp_path))
+    (finding,) = admission.admission(context(tmp_path, **sections))
+    assert finding.status is Status.WARN and told in finding.found and "overload.md" in finding.mend
 
 
 # --- model --------------------------------------------------------------------------------------

@@ -114,6 +114,11 @@ def test_impressions_after_an_end_are_counted_by_cause_across_sessions_and_a_res
     with running_app(tmp_path, clock) as client:
         client.publish(impression("s", 0, T0 + 1_500, **served), producer="again")
         assert counted(client) == {"all": 1, "us": 0, "cache": 0, "client": 1}
+        client.app.snapshots.take()
+    with running_app(tmp_path, clock) as client:  # the end is in the snapshot, and in no record that is replayed
+        client.publish(impression("s", 0, T0 + 1_500, **served), producer="third")
+        client.publish(impression("s", 0, T0 + 900, **served), producer="third")
+        assert counted(client) == {"all": 2, "us": 0, "cache": 0, "client": 1}
 
 
 def test_columns_of_a_batch_with_impressions_line_up() -> None:

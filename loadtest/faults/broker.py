@@ -1,4 +1,4 @@
-"""A Kafka broker for tests: librdkafka's built-in one, which speaks the real protocol over loopback TCP.
+"""A Kafka broker for fault scenarios and tests: librdkafka's built-in one, with the real protocol over loopback TCP.
 
 It is not Apache Kafka: one process, nothing on disk, no replication. The clients talking to it are the real ones.
 Run as a program it is the child process that holds the broker and obeys commands on its standard input.
@@ -55,7 +55,7 @@ class Broker:
 def running_broker(*topics: str) -> Iterator[Broker]:
     """A broker with ``topics`` of one partition each."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.kafka_broker"],
+        [sys.executable, "-m", "loadtest.faults.broker"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
     assert process.stdout is not None and process.stdin is not None
@@ -80,7 +80,7 @@ def _library() -> ctypes.CDLL:
     assert isinstance(confluent_kafka, ModuleType)  # loads the library and what it depends on
     (found,) = (Path(spec.origin).parent.parent / "confluent_kafka.libs").glob("librdkafka*.so*")
     library = ctypes.CDLL(str(found))
-    for name in ("rd_kafka_new", "rd_kafka_mock_cluster_new"):
+    for name in ("rd_kafka_conf_new", "rd_kafka_new", "rd_kafka_mock_cluster_new"):
         getattr(library, name).restype = ctypes.c_void_p
     library.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
     return library
@@ -90,7 +90,9 @@ def _obey() -> None:
     """Answers every line of standard input with the call's error code; ends with the input."""
     library = _library()
     message = ctypes.create_string_buffer(512)
-    client = library.rd_kafka_new(0, None, message, ctypes.c_size_t(512))
+    quiet = ctypes.c_void_p(library.rd_kafka_conf_new())
+    library.rd_kafka_conf_set(quiet, b"log_level", b"3", message, ctypes.c_size_t(512))  # else: "No bootstrap.servers"
+    client = library.rd_kafka_new(0, quiet, message, ctypes.c_size_t(512))
     assert client, message.value
     cluster = ctypes.c_void_p(library.rd_kafka_mock_cluster_new(ctypes.c_void_p(client), 1))
     print(library.rd_kafka_mock_cluster_bootstraps(cluster).decode(), flush=True)
