@@ -1,4 +1,4 @@
-"""`liverank`: serve · doctor · demo · replay · rank · explain · bench."""
+"""`liverank`: serve · doctor · demo · replay · rank · explain · load · report · bench."""
 
 from __future__ import annotations
 
@@ -55,6 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "explain":
             client.add_argument("stream_id")
 
+    from loadtest import arguments as loadtest_arguments  # argparse only
+
+    loadtest_arguments.add_load(commands)
+
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
     bench.add_argument("name", choices=["first", "kernels", "serve"])
     bench.add_argument("--streams", type=int, nargs="+", help="first, serve: sizes of the table")
@@ -87,6 +91,14 @@ def _run(options: argparse.Namespace) -> int:
         from loadtest.replay import run_replay
 
         return run_replay(options.file, options.speed, options.surface, options.config)
+    if options.command == "load":
+        from loadtest.arguments import run_load
+
+        return run_load(options)
+    if options.command == "report":
+        from loadtest.arguments import run_report
+
+        return run_report(options)
     if options.command == "bench" and options.name == "kernels":
         from loadtest.bench.kernels import run_kernels
 

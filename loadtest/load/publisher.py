@@ -1,0 +1,203 @@
+"""Publishes a fleet's events on a schedule, and times every acknowledgement from when its batch was due."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from liverank.v1 import ingest_pb2 as pb
+from liverank.v1 import ingest_pb2_grpc as pb_grpc
+
+from loadtest.load.fleet import Fleet, numbered
+from loadtest.load.schedule import Schedule
+
+STEP_S = 0.1
+MAX_BATCH_EVENTS = 2_000
+Deed = Callable[[Fleet, int], list[pb.Event]]
+"""(fleet, now_ms) → events; runs in the publisher's thread, the only one that may touch the fleet."""
+
+
+@dataclass
+class Published:
+    """What was sent and acknowledged on schedule; lists have an entry per batch.
+
+    due_s, latency_s: from the begin of the run; due to acknowledged. events: accepted ones.
+    """
+
+    due_s: list[float] = field(default_factory=list)
+    latency_s: list[float] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    sent: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    batch: pb.EventBatch
+    due_s: float
+    done: Future[float]
+    counted: bool
+
+
+class Publisher:
+    """One Publish stream and two threads: one makes events become due, one reads acknowledgements.
+
+    A slow server does not slow the schedule down: its batches queue, and their waiting counts.
+
+    Attributes:
+        ended_at: stream id → when its end was acknowledged, monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        producer: str,
+        fleet: Fleet,
+        rate: Schedule,
+        mix_at: Callable[[float], Mapping[Any, float]],
+    ) -> None:
+        self.fleet, self.producer = fleet, producer
+        self.seen = Published()
+        self.ended_at: dict[str, float] = {}
+        self._rate, self._mix_at = rate, mix_at
+        self._next_sequence = 1
+        self._commands: queue.SimpleQueue[tuple[Deed, Future[float]]] = queue.SimpleQueue()
+        self._ongoing: list[tuple[float, float, int, int, int]] = []  # begin_s, end_s, place, joins, chats
+        self._outbox: queue.SimpleQueue[_Sent | None] = queue.SimpleQueue()
+        self._unacked: queue.SimpleQueue[_Sent | None] = queue.SimpleQueue()
+        self._call = pb_grpc.IngestStub(channel).Publish(self._outgoing())
+        self._stop = threading.Event()
+        self._begun_s = 0.0
+        self._reader = threading.Thread(target=self._read, name="acknowledgements", daemon=True)
+        self._maker = threading.Thread(target=self._make, name="publisher", daemon=True)
+        self._reader.start()
+
+    def now(self, deed: Deed, within_s: float = 60.0) -> float:
+        """Before `start`: publishes what ``deed`` makes and waits for the acknowledgement; its latency, seconds.
+
+        Raises:
+            RuntimeError: an event was refused, or the call failed.
+        """
+        done: Future[float] = Future()
+        refused = sum(self.seen.rejected.values())
+        self._publish(deed(self.fleet, _now_ms()), time.monotonic(), done, counted=False)
+        taken_s = done.result(within_s)
+        if sum(self.seen.rejected.values()) > refused:
+            raise RuntimeError(f"the server refused events: {dict(self.seen.rejected)}")
+        return taken_s
+
+    def start(self, begun_s: float) -> None:
+        """Begins the schedule at ``begun_s`` (monotonic)."""
+        self._begun_s = begun_s
+        self._maker.start()
+
+    def soon(self, deed: Deed) -> Future[float]:
+        """Has ``deed`` published with the next step; the future gets the latency of the acknowledgement."""
+        done: Future[float] = Future()
+        self._commands.put((deed, done))
+        return done
+
+    def raid(self, place: int, joins: int, chats: int, over_s: float) -> None:
+        """From the next step on, a crowd arrives at one stream."""
+        begin_s = time.monotonic()
+        self.soon(lambda fleet, now_ms: self._ongoing.append((begin_s, begin_s + over_s, place, joins, chats)) or [])
+
+    def stop(self, within_s: float = 10.0) -> None:
+        """Ends all streams of the fleet, waits for what is not acknowledged, closes the stream of events."""
+        self._stop.set()
+        if self._maker.is_alive():
+            self._maker.join(within_s)
+        if not self.seen.failure:
+            done: Future[float] = Future()
+            over = self.fleet.ends(1.0, _now_ms())
+            if over:
+                self._publish(over, time.monotonic(), done, counted=False)
+        self._outbox.put(None)
+        self._unacked.put(None)
+        self._reader.join(within_s)
+        if self._reader.is_alive():
+            self._call.cancel()
+            self.seen.failure = self.seen.failure or f"batches were not acknowledged within {within_s:.0f} s"
+            self._reader.join(within_s)
+
+    def _outgoing(self) -> Iterator[pb.EventBatch]:
+        while (sent := self._outbox.get()) is not None:
+            yield sent.batch
+
+    def _make(self) -> None:
+        step = 0
+        while not self._stop.is_set() and not self.seen.failure:
+            due_s = self._begun_s + step * STEP_S
+            self._stop.wait(max(0.0, due_s - time.monotonic()))
+            since_s = step * STEP_S
+            if since_s > self._rate.duration_s:
+                break
+            now_ms = _now_ms()
+            n = self._rate.due_by(since_s) - self._rate.due_by(since_s - STEP_S)
+            events = self.fleet.heartbeats(now_ms) + self.fleet.deeds(n, self._mix_at(since_s), now_ms)
+            self._publish(events + self._raids(due_s, now_ms), due_s)
+            while not self._commands.empty():
+                deed, done = self._commands.get()
+                self._publish(deed(self.fleet, _now_ms()), time.monotonic(), done)
+            step += 1
+
+    def _raids(self, due_s: float, now_ms: int) -> list[pb.Event]:
+        events: list[pb.Event] = []
+        for begin_s, end_s, place, joins, chats in self._ongoing:
+            share = [min(1.0, max(0.0, (t - begin_s) / (end_s - begin_s))) for t in (due_s - STEP_S, due_s)]
+            part = [round(count * share[1]) - round(count * share[0]) for count in (joins, chats)]
+            events += self.fleet.crowd(place, part[0], part[1], now_ms)
+        self._ongoing = [raid for raid in self._ongoing if raid[1] > due_s]
+        return events
+
+    def _publish(
+        self, events: list[pb.Event], due_s: float, done: Future[float] | None = None, counted: bool = True
+    ) -> None:
+        """In batches; ``done`` gets the latency of the last one's acknowledgement."""
+        if not events and done is not None:
+            done.set_result(0.0)
+        for first in range(0, len(events), MAX_BATCH_EVENTS):
+            part = events[first : first + MAX_BATCH_EVENTS]
+            self._next_sequence = numbered(part, self._next_sequence)
+            last = first + len(part) == len(events)
+            batch = pb.EventBatch(producer_id=self.producer, events=part)
+            sent = _Sent(batch, due_s, done if last and done else Future(), counted)
+            self.seen.sent += len(part) if counted else 0
+            self._unacked.put(sent)
+            self._outbox.put(sent)
+
+    def _read(self) -> None:
+        sent: _Sent | None = None
+        try:
+            while (sent := self._unacked.get()) is not None:
+                ack = next(self._call)
+                acked_s = time.monotonic()
+                refused = {r.index for r in ack.rejected}
+                self.seen.rejected.update(pb.RejectCode.Name(r.code) for r in ack.rejected)
+                for place, event in enumerate(sent.batch.events):
+                    if event.WhichOneof("payload") == "ended" and place not in refused:
+                        self.ended_at[event.stream_id] = acked_s
+                if sent.counted:
+                    self.seen.due_s.append(sent.due_s - self._begun_s)
+                    self.seen.latency_s.append(acked_s - sent.due_s)
+                    self.seen.events.append(ack.accepted)
+                sent.done.set_result(acked_s - sent.due_s)
+        except (grpc.RpcError, StopIteration) as error:  # told in the record: the run is not sound
+            told = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else "ended early"
+            self.seen.failure = self.seen.failure or f"Publish: {told}"
+            failed = RuntimeError(self.seen.failure)
+            while sent is not None:  # nobody waits for ever
+                sent.done.set_exception(failed)
+                sent = None if self._unacked.empty() else self._unacked.get()
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

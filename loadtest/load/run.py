@@ -1,0 +1,345 @@
+"""Plays a scenario against a server: prime, run, take down, record."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import os
+import platform
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from liverank.v1 import admin_pb2, admin_pb2_grpc, ranking_pb2, ranking_pb2_grpc
+from rich.console import Console
+from rich.table import Table
+
+from loadtest.bench.openloop import Arrivals, open_loop_at
+from loadtest.load.actions import Actions
+from loadtest.load.callers import KINDS, Callers
+from loadtest.load.fleet import Fleet
+from loadtest.load.observe import Observer
+from loadtest.load.prober import Prober
+from loadtest.load.publisher import Publisher
+from loadtest.load.record import FORMAT, calls_record, samples, seconds, totals
+from loadtest.load.scenario import Scenario, Start
+from loadtest.processes import ROOT, NotStartedError, running_server
+from loadtest.revision import commit
+from server.errors import ConfigError
+
+FIRST_ANSWER_S = 10.0
+ASSESSED_WITHIN_S = 30.0
+LEAD_S = 0.2  # between the last preparation and the first call
+MAX_CALLERS = 256
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server to put load on.
+
+    metrics: HOST:PORT of its metrics, "" for none. pid: its process, if ours. rules_file, model_folder: its files,
+    if ours or told.
+    """
+
+    address: str
+    metrics: str = ""
+    pid: int | None = None
+    rules_file: Path | None = None
+    model_folder: Path | None = None
+
+
+def check_target(address: str, allow_remote: bool) -> None:
+    """Load goes to this machine only, unless the user says otherwise.
+
+    Raises:
+        ConfigError: not HOST:PORT, or another machine without ``allow_remote``.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--target: HOST:PORT wanted, got {address!r}")
+    if allow_remote:
+        return
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host.strip("[]"), int(port))}
+    except OSError as error:
+        raise ConfigError(f"--target: {host}: {error}") from error
+    strangers = sorted(str(ip) for ip in found if not ipaddress.ip_address(str(ip).partition("%")[0]).is_loopback)
+    if strangers:
+        raise ConfigError(
+            f"--target: {host} is another machine ({', '.join(strangers)}); this load could take it down. "
+            "If it is yours to load, say --allow-remote"
+        )
+
+
+@contextlib.contextmanager
+def own_server(scenario: Scenario) -> Iterator[Target]:
+    """A server for this scenario alone, with its own log, rules and models. Raises NotStartedError."""
+    streams = scenario.fleet.streams + sum(a.streams for _, a in scenario.actions if isinstance(a, Start))
+    with tempfile.TemporaryDirectory(prefix="liverank-load-") as name:
+        folder = Path(name)
+        models, rules = folder / "models", folder / "rules.toml"
+        shutil.copytree(ROOT / "model_repository", models)
+        shutil.copy(ROOT / "server" / "rules" / "default.toml", rules)
+        settings: dict[str, dict[str, Any]] = {
+            "table": {"capacity": 2 * streams + 2_000, "embedding_dim": scenario.fleet.embedding_dim or 64},
+            "scoring": {"mode": "local", "model_repository": str(models)},
+            "rank": {"rules_file": str(rules)},
+        }
+        with running_server(folder / "server", settings) as server:
+            metrics = f"127.0.0.1:{server.metrics_port}"
+            yield Target(server.address, metrics, server.process.pid, rules, models / "trendiness")
+
+
+def play(scenario: Scenario, target: Target, say: Console | None = None) -> dict[str, Any]:
+    """Runs ``scenario`` and returns its record (`docs/loadtest.md` describes it).
+
+    Raises:
+        ConfigError: the target is not reachable, or does not fit the scenario.
+    """
+    say = say or Console(quiet=True)
+    rng = np.random.default_rng(scenario.seed)
+    run_id = f"load-{int(time.time() * 1000):x}"
+    due_s = scenario.calls.due_s()
+    with contextlib.ExitStack() as stack:
+        channel = stack.enter_context(grpc.insecure_channel(target.address))
+        events = stack.enter_context(grpc.insecure_channel(target.address, [("grpc.use_local_subchannel_pool", 1)]))
+        status = _first_answer(channel, target.address)
+        dim = scenario.fleet.embedding_dim
+        fleet = Fleet(run_id, scenario.fleet.heartbeat_ms, dim, scenario.fleet.zipf, rng)
+        publisher = Publisher(events, run_id, fleet, scenario.events, lambda t_s: _phase_at(scenario, t_s).mix)
+        stack.callback(publisher.stop)
+        actions = Actions(scenario, publisher, channel, target.rules_file, target.model_folder)
+        say.print(f"starting {scenario.fleet.streams:,} streams at {target.address} …")
+        _begin_fleet(publisher, scenario, channel, status.live)
+        prober = Prober(events, f"{run_id}-probe", dim, scenario.probe_every_s or 1.0, publisher.ended_at.__setitem__)
+        stack.callback(prober.close)
+        callers = Callers(channel, scenario, due_s, fleet, publisher.ended_at, rng)
+        observer = Observer(target.metrics, target.pid)
+        say.print(f"{scenario.name}: {len(due_s):,} calls within {scenario.duration_s:.0f} s …")
+        own_cpu_s, begun_s = time.process_time(), time.monotonic() + LEAD_S
+        parts = [publisher, actions, observer, *([prober] if scenario.probe_every_s else [])]
+        for part in parts:
+            part.start(begun_s)
+            if part is not publisher:
+                stack.callback(part.stop)
+        arrivals = open_loop_at(
+            callers.call, due_s, callers=MAX_CALLERS, begun_s=begun_s, look=callers.look, overrun_s=10.0
+        )
+        rest_s = begun_s + scenario.duration_s - time.monotonic()
+        if rest_s > 0:  # events, actions and probes go on to the end
+            time.sleep(rest_s)
+        own_cpu_s = time.process_time() - own_cpu_s
+    record = _record(scenario, target, arrivals, callers, publisher, prober, actions, observer)
+    record["generator"]["cpu_cores"] = round(own_cpu_s / max(arrivals.wall_s, scenario.duration_s), 3)
+    record["server_version"], record["scoring"] = status.version, status.scoring_backend
+    return record
+
+
+def run_load(
+    scenario: Scenario, target: Target | None, report: Path | None, out: Path | None, console: Console | None = None
+) -> int:
+    """Plays, prints a table and, last, a line of JSON. None as target: starts a server of its own.
+
+    Returns 0, or 1 when the run did not hold what the scenario expects, or no server could be started.
+    """
+    console = console or Console(width=120, highlight=False)
+    try:
+        with own_server(scenario) if target is None else contextlib.nullcontext(target) as where:
+            record = play(scenario, where, console)
+    except NotStartedError as error:
+        console.print(f"not started: {error}", markup=False)
+        return 1
+    if out is not None:
+        out.write_text(json.dumps(record))
+        console.print(f"record: {out}", markup=False)
+    if report is not None:
+        from loadtest.report import page
+
+        report.write_text(page([record]))
+        console.print(f"report: {report}", markup=False)
+    _print(console, record)
+    print(json.dumps(headline(record)))
+    return 0 if record["ok"] else 1
+
+
+def headline(record: dict[str, Any]) -> dict[str, Any]:
+    """The record in one line: totals without the columns over time."""
+    calls = {
+        name: {key: value for key, value in entry.items() if key not in ("seconds", "curve")}
+        for name, entry in record["calls"].items()
+    }
+    kept = (
+        "scenario", "commit", "machine", "target", "wall_s", "ok", "faults", "events", "shown_after_end", "actions",
+        "levels", "models", "generator", "floor",
+    )  # fmt: skip
+    freshness = {name: value for name, value in record["freshness"].items() if name != "probes"}
+    return {"bench": "load"} | {key: record[key] for key in kept} | {"calls": calls, "freshness": freshness}
+
+
+def _first_answer(channel: grpc.Channel, address: str) -> admin_pb2.StatusResponse:
+    try:
+        status: admin_pb2.StatusResponse = admin_pb2_grpc.AdminStub(channel).Status(
+            admin_pb2.StatusRequest(), timeout=FIRST_ANSWER_S
+        )
+        return status
+    except grpc.RpcError as error:
+        raise ConfigError(f"--target {address}: {error.code().name}: {error.details()}") from error
+
+
+def _begin_fleet(publisher: Publisher, scenario: Scenario, channel: grpc.Channel, live_before: int) -> None:
+    """Starts the streams, and waits until they are assessed: from then on every slate can be full."""
+    try:
+        publisher.now(lambda fleet, now_ms: fleet.starts(scenario.fleet.streams, now_ms))
+    except RuntimeError as error:
+        raise ConfigError(f"the target does not fit this scenario: {error}") from error
+    ranking = ranking_pb2_grpc.RankingStub(channel)
+    ends_at_s = time.monotonic() + ASSESSED_WITHIN_S
+    wanted = min(5, scenario.fleet.streams)
+    while time.monotonic() < ends_at_s:
+        try:
+            reply = ranking.Rank(ranking_pb2.RankRequest(viewer_id="load", limit=wanted), timeout=FIRST_ANSWER_S)
+        except grpc.RpcError as error:
+            raise ConfigError(f"Rank: {error.code().name}: {error.details()}") from error
+        if len(reply.streams) >= wanted:
+            return
+        time.sleep(0.05)
+    raise ConfigError(f"the started streams were not shown within {ASSESSED_WITHIN_S:.0f} s")
+
+
+def _phase_at(scenario: Scenario, t_s: float) -> Any:
+    for phase in scenario.phase:
+        if t_s < phase.duration_s:
+            return phase
+        t_s -= phase.duration_s
+    return scenario.phase[-1]
+
+
+def _record(
+    scenario: Scenario,
+    target: Target,
+    arrivals: Arrivals,
+    callers: Callers,
+    publisher: Publisher,
+    prober: Prober,
+    actions: Actions,
+    observer: Observer,
+) -> dict[str, Any]:
+    calls = {name: calls_record(arrivals, callers.kind, i) for i, name in enumerate(KINDS) if (callers.kind == i).any()}
+    seen, fresh = publisher.seen, prober.seen
+    due_s, latency_s = np.array(seen.due_s), np.array(seen.latency_s)
+    if len(due_s):
+        late = np.clip(due_s, 0.0, None)
+        calls["Publish"] = totals(latency_s) | {
+            "errors": {},
+            "seconds": seconds(late, latency_s, np.zeros(len(late), np.bool_)),
+        }
+    begins_s = np.cumsum([0.0, *(phase.duration_s for phase in scenario.phase)])
+    whole = arrivals.report()
+    late_s = arrivals.late_s[~np.isnan(arrivals.late_s)]
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "scenario": scenario.name,
+        "about": scenario.about,
+        "target": target.address,
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "floor": "none of its own: a load tells what callers saw; `bench serve` has the constant reply",
+        "wall_s": round(arrivals.wall_s, 2),
+        "duration_s": scenario.duration_s,
+        "streams": scenario.fleet.streams,
+        "phases": [
+            {"name": p.name, "begin_s": float(begins_s[i]), "end_s": float(begins_s[i + 1])}
+            for i, p in enumerate(scenario.phase)
+        ],
+        "actions": actions.done,
+        "calls": calls,
+        "events": {
+            "sent": seen.sent,
+            "accepted": int(sum(seen.events)),
+            "rejected": dict(seen.rejected),
+            "per_s": _events_per_s(seen.due_s, seen.events),
+        },
+        "freshness": {
+            "start_acked": samples(fresh.start_acked_s),
+            "visible": samples(fresh.visible_s),
+            "end_acked": samples(fresh.end_acked_s),
+            "gone": samples(fresh.gone_s),
+            "told": samples(fresh.told_s),
+            "never_visible": fresh.never_visible,
+            "never_told": fresh.never_told,
+            "probes": {
+                "t_s": [round(t, 3) for t in fresh.begun_s[: len(fresh.visible_s)]],
+                "visible_ms": [round(s * 1000, 3) for s in fresh.visible_s],
+                "gone_ms": [round(s * 1000, 3) for s in fresh.gone_s],
+            },
+        },
+        "shown_after_end": len(callers.shown_after_end) + fresh.shown_after_end,
+        "levels": dict(callers.levels),
+        "models": dict(callers.models),
+        "stages": observer.stages(),
+        "process": observer.process(),
+        "generator": {
+            "late_p99_ms": round(float(np.percentile(late_s, 99)) * 1000, 3) if len(late_s) else None,
+            "late_max_ms": round(whole.worst_send_delay_s * 1000, 3),
+        },
+    }
+    record["faults"] = _faults(scenario, record, publisher, prober)
+    record["ok"] = not record["faults"]
+    return record
+
+
+def _faults(scenario: Scenario, record: dict[str, Any], publisher: Publisher, prober: Prober) -> list[str]:
+    """What did not hold, in words."""
+    faults = [text for text in (publisher.seen.failure, prober.seen.failure) if text]
+    if record["shown_after_end"]:
+        faults.append(f"{record['shown_after_end']} streams shown after their end was acknowledged")
+    if record["freshness"]["never_visible"]:
+        faults.append(f"{record['freshness']['never_visible']} probes never became visible")
+    faults += [f"{a['do']} at {a['at_s']:.1f} s: {a['told']}" for a in record["actions"] if not a["ok"]]
+    if missing := len(scenario.actions) - len(record["actions"]):
+        faults.append(f"{missing} actions were not carried out")
+    calls = [entry for name, entry in record["calls"].items() if name != "Publish"]
+    failed, due = sum(entry["failed"] for entry in calls), sum(entry["due"] for entry in calls)
+    if failed > scenario.expect.failed_share * due:
+        faults.append(f"{failed} of {due} calls failed; at most {scenario.expect.failed_share:.1%} expected")
+    limit_ms = scenario.expect.rank_p99_ms
+    p99_ms = record["calls"].get("Rank", {}).get("p99_ms")
+    if limit_ms is not None and (p99_ms is None or p99_ms > limit_ms):
+        faults.append(f"Rank p99 {'infinite' if p99_ms is None else f'{p99_ms} ms'}; at most {limit_ms} ms expected")
+    return faults
+
+
+def _events_per_s(due_s: list[float], events: list[int]) -> dict[str, list[Any]]:
+    if not due_s:
+        return {"t_s": [], "accepted": []}
+    bucket = np.clip(np.array(due_s), 0.0, None).astype(np.int64)
+    counts = np.bincount(bucket, weights=np.array(events, np.float64))
+    return {"t_s": list(range(len(counts))), "accepted": counts.astype(np.int64).tolist()}
+
+
+def _print(console: Console, record: dict[str, Any]) -> None:
+    table = Table(title=f"{record['scenario']}: open loop, ms from when a call was due; – : failed calls reach it")
+    for title in ("call", "due", "failed", "p50", "p90", "p99", "max", "errors"):
+        table.add_column(title, justify="left" if title == "call" else "right")
+    for name, entry in record["calls"].items():
+        shown = ("–" if entry[k] is None else f"{entry[k]:.1f}" for k in ("p50_ms", "p90_ms", "p99_ms", "max_ms"))
+        table.add_row(name, f"{entry['due']:,}", str(entry["failed"]), *shown, str(entry["errors"] or ""))
+    console.print(table)
+    fresh, own = record["freshness"], record["generator"]
+    console.print(
+        f"Acknowledged start to visible: p50 {fresh['visible']['p50_ms']} ms, max {fresh['visible']['max_ms']} ms "
+        f"({fresh['visible']['n']} probes). Shown after an acknowledged end: {record['shown_after_end']}.\n"
+        f"Generator: {own['cpu_cores']} cores, late by p99 {own['late_p99_ms']} ms (part of every latency above)."
+    )
+    for action in record["actions"]:
+        console.print(f"  {action['at_s']:6.1f} s  {action['do']}: {action['told']}", markup=False)
+    for fault in record["faults"]:
+        console.print(f"FAULT: {fault}", markup=False)
