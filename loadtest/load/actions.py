@@ -48,9 +48,7 @@ class Actions:
         self._rules_file, self._model_folder = rules_file, model_folder
         if any(isinstance(action, SwapModel) for _, action in self._planned):
             if model_folder is None:
-                raise ConfigError(
-                    "swap_model: --model-folder wanted, the folder REPOSITORY/MODEL that the server reads"
-                )
+                raise ConfigError("swap_model: --model-folder wanted: REPOSITORY/MODEL that the server reads")
             newest_version(model_folder)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="actions", daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import urllib.request
@@ -87,7 +88,7 @@ class Observer:
         """{"t_s": […], "mean_ms": {stage: […]}, "whole_ms": {stage: mean}} or {"missing": why}."""
         if len(self._sums) < 2:
             return {"missing": self.why_not or "read less than twice"}
-        pairs = list(zip(self._sums, self._sums[1:]))
+        pairs = list(itertools.pairwise(self._sums))
         names = sorted(self._sums[-1][1])
         means = [stage_means(before, after) for (_, before), (_, after) in pairs]
         whole = stage_means(self._sums[0][1], self._sums[-1][1])
@@ -101,7 +102,7 @@ class Observer:
         """{"t_s": […], "cpu_cores": […], "rss_mb": […]} or {"missing": why}."""
         if len(self._process) < 2:
             return {"missing": "the server's process is not ours to look at"}
-        pairs = list(zip(self._process, self._process[1:]))
+        pairs = list(itertools.pairwise(self._process))
         return {
             "t_s": [round(b[0], 2) for _, b in pairs],
             "cpu_cores": [round((b[1] - a[1]) / max(b[0] - a[0], 1e-6), 3) for a, b in pairs],

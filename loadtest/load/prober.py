@@ -18,7 +18,7 @@ _LOOK_EVERY_S = 0.005
 
 @dataclass
 class Freshness:
-    """Seconds, an entry per probe. begun_s: from the begin of the run.
+    """Seconds, an entry per probe; NaN where it did not happen in time. begun_s: from the begin of the run.
 
     start_acked_s: start sent to acknowledged. visible_s: acknowledged to the arrival of the first reply that has it.
     end_acked_s: end sent to acknowledged: from then on no later request may see it. gone_s: acknowledged to the
@@ -82,8 +82,9 @@ class Prober:
             self._listener.join(5.0)
 
     def _run(self) -> None:
-        number, next_s = 0, time.monotonic()
+        number, next_s = 0, max(self._begun_s, time.monotonic())
         try:
+            self._stop.wait(max(0.0, next_s - time.monotonic()))
             while not self._stop.is_set():
                 self._probe(number)
                 number += 1
@@ -109,6 +110,7 @@ class Prober:
         while not self._shows(stream, request):
             if time.monotonic() - acked_s > VISIBLE_WITHIN_S:
                 self.seen.never_visible += 1
+                self.seen.visible_s.append(float("nan"))
                 break
             self._stop.wait(_LOOK_EVERY_S)
         else:
@@ -121,6 +123,7 @@ class Prober:
         while self._shows(stream, request):
             self.seen.shown_after_end += 1  # asked for after the acknowledgement: must not happen
             if time.monotonic() - acked_s > VISIBLE_WITHIN_S:
+                self.seen.gone_s.append(float("nan"))
                 return
         self.seen.gone_s.append(time.monotonic() - acked_s)
         self._await_word(stream, acked_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -62,7 +63,7 @@ def seconds(
     order = np.argsort(bucket, kind="stable")
     borders = np.searchsorted(bucket[order], np.arange(n + 1))
     columns: dict[str, list[Any]] = {"p50_ms": [], "p99_ms": [], "max_ms": []}
-    for first, end in zip(borders, borders[1:]):
+    for first, end in itertools.pairwise(borders):
         mine = latency_s[order[first:end]]
         answered = np.sort(mine[~np.isnan(mine)])
         for name, q in (("p50_ms", 50.0), ("p99_ms", 99.0)):
@@ -77,8 +78,9 @@ def seconds(
 
 
 def samples(values_s: list[float]) -> dict[str, Any]:
-    """Percentiles of a few samples, ms; nulls without any."""
-    ordered = np.sort(np.array(values_s, np.float64))
+    """Percentiles of a few samples, ms; nulls without any. NaN did not happen and is left out."""
+    values = np.array(values_s, np.float64)
+    ordered = np.sort(values[~np.isnan(values)])
     at = {f"{name}_ms": plain_ms(nearest_rank(ordered, 0, q)) for name, q in (("p50", 50), ("p99", 99), ("max", 100))}
     return {"n": len(ordered), **at}
 

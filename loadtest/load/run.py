@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import math
 import os
 import platform
 import shutil
@@ -29,7 +30,7 @@ from loadtest.load.fleet import Fleet
 from loadtest.load.observe import Observer
 from loadtest.load.prober import Prober
 from loadtest.load.publisher import Publisher
-from loadtest.load.record import FORMAT, calls_record, samples, seconds, totals
+from loadtest.load.record import FORMAT, calls_record, plain_ms, samples, seconds, totals
 from loadtest.load.scenario import Scenario, Start
 from loadtest.processes import ROOT, NotStartedError, running_server
 from loadtest.revision import commit
@@ -236,7 +237,7 @@ def _record(
     seen, fresh = publisher.seen, prober.seen
     due_s, latency_s = np.array(seen.due_s), np.array(seen.latency_s)
     if len(due_s):
-        late = np.clip(due_s, 0.0, None)
+        late = np.clip(due_s, 0.0, math.ceil(scenario.duration_s) - 1e-6)
         calls["Publish"] = totals(latency_s) | {
             "errors": {},
             "seconds": seconds(late, latency_s, np.zeros(len(late), np.bool_)),
@@ -265,7 +266,7 @@ def _record(
             "sent": seen.sent,
             "accepted": int(sum(seen.events)),
             "rejected": dict(seen.rejected),
-            "per_s": _events_per_s(seen.due_s, seen.events),
+            "per_s": _events_per_s(seen.due_s, seen.events, scenario.duration_s),
         },
         "freshness": {
             "start_acked": samples(fresh.start_acked_s),
@@ -276,9 +277,9 @@ def _record(
             "never_visible": fresh.never_visible,
             "never_told": fresh.never_told,
             "probes": {
-                "t_s": [round(t, 3) for t in fresh.begun_s[: len(fresh.visible_s)]],
-                "visible_ms": [round(s * 1000, 3) for s in fresh.visible_s],
-                "gone_ms": [round(s * 1000, 3) for s in fresh.gone_s],
+                "t_s": [round(t, 3) for t in fresh.begun_s[: len(fresh.gone_s)]],
+                "visible_ms": [plain_ms(s) for s in fresh.visible_s[: len(fresh.gone_s)]],
+                "gone_ms": [plain_ms(s) for s in fresh.gone_s],
             },
         },
         "shown_after_end": len(callers.shown_after_end) + fresh.shown_after_end,
@@ -317,10 +318,11 @@ def _faults(scenario: Scenario, record: dict[str, Any], publisher: Publisher, pr
     return faults
 
 
-def _events_per_s(due_s: list[float], events: list[int]) -> dict[str, list[Any]]:
+def _events_per_s(due_s: list[float], events: list[int], duration_s: float) -> dict[str, list[Any]]:
+    """By the second in which they were due; the last step falls on the end, and counts for the second before."""
     if not due_s:
         return {"t_s": [], "accepted": []}
-    bucket = np.clip(np.array(due_s), 0.0, None).astype(np.int64)
+    bucket = np.clip(np.array(due_s), 0.0, math.ceil(duration_s) - 1).astype(np.int64)
     counts = np.bincount(bucket, weights=np.array(events, np.float64))
     return {"t_s": list(range(len(counts))), "accepted": counts.astype(np.int64).tolist()}
 

@@ -128,7 +128,8 @@ class Phase(_Part):
     def _consistent(self) -> Phase:
         if self.rank_batch_share + self.check_live_share > 1.0:
             raise ValueError(
-                f"rank_batch_share ({self.rank_batch_share}) + check_live_share ({self.check_live_share}) must not exceed 1"
+                f"rank_batch_share ({self.rank_batch_share}) + check_live_share ({self.check_live_share}) "
+                "must not exceed 1"
             )
         for name in ("mix", "regions"):
             if not sum(getattr(self, name).values()) > 0:
@@ -136,7 +137,8 @@ class Phase(_Part):
         for i, action in enumerate(self.action):
             if action.at_s > self.duration_s:
                 raise ValueError(
-                    f"action.{i}.at_s ({action.at_s}) must lie within the phase of {self.duration_s} s (it counts from its begin)"
+                    f"action.{i}.at_s ({action.at_s}) counts from the begin of the phase and must lie within its "
+                    f"{self.duration_s} s"
                 )
         return self
 
