@@ -108,8 +108,9 @@ def _numbers(records: Sequence[Record]) -> str:
     )
     heads = "".join(f"<th>{h}</th>" for h in ("", "due", "failed", "p50", "p90", "p99", "p99.9", "max", "errors"))
     return (
-        f'<div class="scroll"><table><caption>Milliseconds from when a call was due; ∞: calls without an answer reach '
-        f"this percentile</caption><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<p class="small">Milliseconds from when a call was due; ∞: calls without an answer reach this percentile.</p>'
+        f'<div class="scroll"><table aria-label="Totals"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="small">{shown}</p>'
     )
 

@@ -12,7 +12,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 sy
 main { max-width: 1240px; margin: 0 auto; padding: 16px; }
 h1 { font-size: 1.6rem; margin: 0.2em 0; } h2 { font-size: 1.05rem; margin: 0 0 0.2em; }
 p { margin: 0.3em 0; } .small, figcaption p, caption { color: var(--soft); font-size: 0.87rem; }
-.good { color: var(--good); font-weight: 600; } 
+.good { color: var(--good); font-weight: 600; }
 .bad { color: var(--bad); font-weight: 600; padding-left: 0; list-style: none; }
 .heads, .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
 .heads { margin-bottom: 12px; } ol { margin: 0.3em 0; padding-left: 1.4em; }
