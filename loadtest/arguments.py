@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+BENCHES = ("freshness", "ingest", "scale", "slo", "soak")
+"""Benches that `add_bench` and `run_bench` know."""
+
 
 def add_load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """`liverank load` and `liverank report`."""
@@ -25,6 +28,49 @@ def add_load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     report.add_argument("run", type=Path, metavar="RUN.json")
     report.add_argument("other", type=Path, nargs="?", metavar="OTHER.json", help="drawn beside it")
     report.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html")
+
+
+def add_bench(bench: argparse.ArgumentParser) -> None:
+    """Options of BENCHES beside those that all benches share (--streams, --seconds, --quick)."""
+    bench.add_argument("--p99-ms", type=float, default=20.0, help="slo: the promise to hold")
+    bench.add_argument("--budget-seconds", type=float, default=180.0, help="slo: stop looking after this long")
+    bench.add_argument("--minutes", type=float, default=10.0, help="soak: its length")
+    bench.add_argument("--rate", type=float, help="soak: Rank calls per second; else 70 %% of what is found")
+    bench.add_argument("--batch", type=int, default=1_000, help="ingest: events per message or pipeline")
+    bench.add_argument("--full", action="store_true", help="scale: up to a million streams")
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """One of BENCHES. --streams gives the size, or for scale all sizes; --seconds the length of one measurement."""
+    quick, sizes = options.quick, options.streams or []
+    streams = sizes[0] if sizes else 1_000 if quick else 10_000
+    if options.name == "slo":
+        from loadtest.bench.slo import run_slo
+
+        window_s = options.seconds or (0.5 if quick else 5.0)
+        return run_slo(options.p99_ms, streams, window_s, min(options.budget_seconds, 10.0 if quick else 3_600.0))
+    if options.name == "ingest":
+        from dataclasses import replace
+
+        from loadtest.bench.ingest import QUICK, Plan, run_ingest
+
+        plan = QUICK if quick else replace(Plan(), batch=options.batch)
+        return run_ingest(replace(plan, streams=streams))
+    if options.name == "freshness":
+        from loadtest.bench.freshness import run_freshness
+
+        seconds = options.seconds or (2.0 if quick else 30.0)
+        return run_freshness(streams, seconds, min(4.0, seconds / 4))
+    if options.name == "soak":
+        from loadtest.bench.soak import run_soak
+
+        minutes = 0.05 if quick else options.minutes
+        return run_soak(minutes, options.rate, streams, find_s=0.5 if quick else 5.0)
+    from loadtest.bench.scale import FULL_SIZES, SIZES, run_scale
+
+    if quick:
+        return run_scale(tuple(sizes) or (500, 2_000), 0.4, 2_000, (10, 1_000))
+    return run_scale(tuple(sizes) or (FULL_SIZES if options.full else SIZES), options.seconds or 4.0)
 
 
 def run_load(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+from loadtest import arguments as loadtest_arguments  # argparse only
 from server.clock import SystemClock
 from server.config import load_settings
 from server.errors import LiverankError
@@ -55,12 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "explain":
             client.add_argument("stream_id")
 
-    from loadtest import arguments as loadtest_arguments  # argparse only
-
     loadtest_arguments.add_load(commands)
 
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
-    bench.add_argument("name", choices=["first", "kernels", "serve"])
+    bench.add_argument("name", choices=["first", "kernels", "serve", *loadtest_arguments.BENCHES])
+    loadtest_arguments.add_bench(bench)
     bench.add_argument("--streams", type=int, nargs="+", help="first, serve: sizes of the table")
     bench.add_argument("--concurrency", type=int, nargs="+", help="serve: callers at once")
     bench.add_argument("--seconds", type=float, help="serve: length of one turn of one server")
@@ -92,13 +92,11 @@ def _run(options: argparse.Namespace) -> int:
 
         return run_replay(options.file, options.speed, options.surface, options.config)
     if options.command == "load":
-        from loadtest.arguments import run_load
-
-        return run_load(options)
+        return loadtest_arguments.run_load(options)
     if options.command == "report":
-        from loadtest.arguments import run_report
-
-        return run_report(options)
+        return loadtest_arguments.run_report(options)
+    if options.command == "bench" and options.name in loadtest_arguments.BENCHES:
+        return loadtest_arguments.run_bench(options)
     if options.command == "bench" and options.name == "kernels":
         from loadtest.bench.kernels import run_kernels
 

@@ -123,7 +123,7 @@ def _events(
 ) -> dict[str, Any]:
     """One producer, one batch after another; stops when the time is up."""
     # Small batches wait for an fsync each: fewer of them tell as much.
-    rows = draw(min(events, 500 * size), streams, int(time.time() * 1000), np.random.default_rng(size))
+    rows = draw(max(size, min(events, 500 * size)), streams, int(time.time() * 1000), np.random.default_rng(size))
     parts = list(rows.parts(size))
     payloads = [as_messages(rows, part, f"scale-{size}", 1 + part.start) for part in parts]
     ends_at_s = time.monotonic() + seconds
@@ -154,7 +154,8 @@ def _print(result: dict[str, Any]) -> None:
     console = Console(width=140, highlight=False)
     table = Table(title=f"By number of live streams; {CALLERS} callers, closed loop")
     columns = {
-        "streams": "live", "start_empty_s": "start s", "start_recovering_s": "start from log s", "ready_s": "filled and scored s",
+        "streams": "live", "start_empty_s": "start s", "start_recovering_s": "start from log s",
+        "ready_s": "filled and scored s",
         "bytes_per_stream": "B/stream", "idle_cores": "idle cores", "lone_p50_ms": "lone p50", "rps": "replies/s",
         "p99_ms": "p99", "cpu_ms_per_reply": "CPU ms/reply",
     }  # fmt: skip

@@ -118,7 +118,7 @@ def run_soak(
         "rss_slope_mb_per_h": _rounded(growth.per_x),
         "rss_slope_error_mb_per_h": _rounded(growth.error),
         "rss_grows": not growth.is_none and growth.per_x > 0,
-        "rss_first_mb": round(memory.bytes_seen[0] / 1e6, 1),
+        "rss_first_mb": round(memory.since(WARM_UP * seconds)[0][1], 1),
         "rss_last_mb": round(memory.bytes_seen[-1] / 1e6, 1),
         "server_cores": round(used_s / arrivals.wall_s, 3),
         "errors": load.errors,
@@ -162,8 +162,13 @@ class _Memory:
             self._thread.join(5.0)
 
     def slope_mb_per_h(self, from_s: float) -> Slope:
-        kept = [(t / 3600, b / 1e6) for t, b in zip(self.times_s, self.bytes_seen, strict=True) if t >= from_s]
+        kept = self.since(from_s)
         return slope([t for t, _ in kept], [b for _, b in kept])
+
+    def since(self, from_s: float) -> list[tuple[float, float]]:
+        """(hours, MB) from then on; the last reading at least."""
+        found = [(t / 3600, b / 1e6) for t, b in zip(self.times_s, self.bytes_seen, strict=True)]
+        return [(h, mb) for h, mb in found if h * 3600 >= from_s] or found[-1:]
 
 
 def _windows(due_s: Any, latency_s: Any, seconds: float) -> list[dict[str, Any]]:

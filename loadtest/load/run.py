@@ -110,8 +110,8 @@ def play(scenario: Scenario, target: Target, say: Console | None = None) -> dict
     run_id = f"load-{int(time.time() * 1000):x}"
     due_s = scenario.calls.due_s()
     with contextlib.ExitStack() as stack:
-        channel = stack.enter_context(grpc.insecure_channel(target.address))
-        events = stack.enter_context(grpc.insecure_channel(target.address, [("grpc.use_local_subchannel_pool", 1)]))
+        channel = stack.enter_context(_connected(target.address))
+        events = stack.enter_context(_connected(target.address))
         status = _first_answer(channel, target.address)
         dim = scenario.fleet.embedding_dim
         fleet = Fleet(run_id, scenario.fleet.heartbeat_ms, dim, scenario.fleet.zipf, rng)
@@ -183,6 +183,11 @@ def headline(record: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     freshness = {name: value for name, value in record["freshness"].items() if name != "probes"}
     return {"bench": "load"} | {key: record[key] for key in kept} | {"calls": calls, "freshness": freshness}
+
+
+def _connected(address: str) -> grpc.Channel:
+    """A connection of its own: events and replies do not share one."""
+    return grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
 
 
 def _first_answer(channel: grpc.Channel, address: str) -> admin_pb2.StatusResponse:
