@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 540, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 18, 14, 44
 SIGNS = 36  # above the plot, for the names of bands and the numbers of marks: no line runs through them
 _TICKS = 5
+_LEAST_LOG = 1e-6
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Scale:
 
 def nice_ticks(least: float, most: float) -> list[float]:
     """About five round numbers whose steps are 1, 2 or 5 times a power of ten; they reach around [least, most]."""
-    if not most > least:
+    if not most - least > 1e-9 * max(1e-3, abs(least), abs(most)):  # all alike
         most = least + 1.0
     rough = (most - least) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))
@@ -120,7 +121,7 @@ def line_chart(
     xs, ys = [x for x, _ in points], [y for _, y in points]
     if x_ticks:
         xs = [x for x, _ in x_ticks]
-    log_y = log_y and min(ys) > 0
+    log_y = log_y and min(ys) >= _LEAST_LOG
     x_at = _PlainX(xs, x_ticks)
     least = min(ys) if log_y or not from_zero else min(0.0, min(ys))
     y_at = Scale(least, max(ys), HEIGHT - BOTTOM, TOP + (SIGNS if bands or marks else 0), log_y)
@@ -187,7 +188,7 @@ class _PlainX:
 
     def __init__(self, xs: Sequence[float], ticks: Sequence[tuple[float, str]] | None) -> None:
         self.least, self.most = min(xs), max(xs)
-        if not self.most > self.least:
+        if not self.most - self.least > 1e-9:
             self.most = self.least + 1.0
         round_ticks = [t for t in nice_ticks(self.least, self.most) if self.least <= t <= self.most]
         self.ticks = list(ticks) if ticks else [(t, number(t)) for t in round_ticks]

@@ -127,7 +127,8 @@ def _commands(rows: EventRows, part: slice, growth: list[float]) -> Iterator[tup
     for place in range(part.start, part.stop):
         kind, key = KINDS[rows.kind[place]], _key(rows, place)
         value = float(rows.value[place])
-        amounts = {kind: value if kind in ("viewer_count", "watched") else 1.0}
+        first = "viewers" if kind == "viewer_count" else kind
+        amounts = {first: value if kind in ("viewer_count", "watched") else 1.0}
         if kind in _SECOND:
             amounts[_SECOND[kind]] = 1.0 if kind == "viewer_count" else value
         for counter, amount in amounts.items():

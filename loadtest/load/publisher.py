@@ -47,6 +47,26 @@ class _Sent:
     counted: bool
 
 
+@dataclass
+class Crowd:
+    """A raid: joins and chats on the stream at ``place`` between two times (monotonic), and how many went so far."""
+
+    begin_s: float
+    end_s: float
+    place: int
+    joins: int
+    chats: int
+    joined: int = 0
+    chatted: int = 0
+
+    def due(self, at_s: float) -> tuple[int, int]:
+        """Joins and chats that became due since the last call; all calls together give all of them."""
+        share = min(1.0, max(0.0, (at_s - self.begin_s) / (self.end_s - self.begin_s)))
+        joins, chats = round(self.joins * share) - self.joined, round(self.chats * share) - self.chatted
+        self.joined, self.chatted = self.joined + joins, self.chatted + chats
+        return joins, chats
+
+
 class Publisher:
     """One Publish stream and two threads: one makes events become due, one reads acknowledgements.
 
@@ -70,7 +90,7 @@ class Publisher:
         self._rate, self._mix_at = rate, mix_at
         self._next_sequence = 1
         self._commands: queue.SimpleQueue[tuple[Deed, Future[float]]] = queue.SimpleQueue()
-        self._ongoing: list[tuple[float, float, int, int, int]] = []  # begin_s, end_s, place, joins, chats
+        self._crowds: list[Crowd] = []
         self._outbox: queue.SimpleQueue[_Sent | None] = queue.SimpleQueue()
         self._unacked: queue.SimpleQueue[_Sent | None] = queue.SimpleQueue()
         self._call = pb_grpc.IngestStub(channel).Publish(self._outgoing())
@@ -108,7 +128,8 @@ class Publisher:
     def raid(self, place: int, joins: int, chats: int, over_s: float) -> None:
         """From the next step on, a crowd arrives at one stream."""
         begin_s = time.monotonic()
-        self.soon(lambda fleet, now_ms: self._ongoing.append((begin_s, begin_s + over_s, place, joins, chats)) or [])
+        crowd = Crowd(begin_s, begin_s + over_s, place, joins, chats)
+        self.soon(lambda fleet, now_ms: self._crowds.append(crowd) or [])
 
     def stop(self, within_s: float = 10.0) -> None:
         """Ends all streams of the fleet, waits for what is not acknowledged, closes the stream of events."""
@@ -133,29 +154,27 @@ class Publisher:
             yield sent.batch
 
     def _make(self) -> None:
-        step = 0
+        step = published = 0
         while not self._stop.is_set() and not self.seen.failure:
             due_s = self._begun_s + step * STEP_S
             self._stop.wait(max(0.0, due_s - time.monotonic()))
             since_s = step * STEP_S
-            if since_s > self._rate.duration_s:
-                break
+            within = since_s <= self._rate.duration_s + STEP_S / 2  # later there are heartbeats only, until `stop`
             now_ms = _now_ms()
-            n = self._rate.due_by(since_s) - self._rate.due_by(since_s - STEP_S)
-            events = self.fleet.heartbeats(now_ms) + self.fleet.deeds(n, self._mix_at(since_s), now_ms)
-            self._publish(events + self._raids(due_s, now_ms), due_s)
+            due = self._rate.due_by(since_s)
+            events = self.fleet.heartbeats(now_ms) + self.fleet.deeds(due - published, self._mix_at(since_s), now_ms)
+            published = due
+            self._publish(events + self._arriving(due_s, now_ms), due_s, counted=within)
             while not self._commands.empty():
                 deed, done = self._commands.get()
                 self._publish(deed(self.fleet, _now_ms()), time.monotonic(), done)
             step += 1
 
-    def _raids(self, due_s: float, now_ms: int) -> list[pb.Event]:
+    def _arriving(self, due_s: float, now_ms: int) -> list[pb.Event]:
         events: list[pb.Event] = []
-        for begin_s, end_s, place, joins, chats in self._ongoing:
-            share = [min(1.0, max(0.0, (t - begin_s) / (end_s - begin_s))) for t in (due_s - STEP_S, due_s)]
-            part = [round(count * share[1]) - round(count * share[0]) for count in (joins, chats)]
-            events += self.fleet.crowd(place, part[0], part[1], now_ms)
-        self._ongoing = [raid for raid in self._ongoing if raid[1] > due_s]
+        for crowd in self._crowds:
+            events += self.fleet.crowd(crowd.place, *crowd.due(due_s), now_ms)
+        self._crowds = [crowd for crowd in self._crowds if crowd.end_s > due_s]
         return events
 
     def _publish(

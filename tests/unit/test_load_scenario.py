@@ -92,9 +92,7 @@ def test_an_address_is_a_host_and_a_port(address: str) -> None:
         check_target(address, allow_remote=True)
 
 
-def test_the_command_tells_what_is_wrong_and_exits_with_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_tells_what_is_wrong_and_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["load", "no-such", "--self"]) == 2
     assert "none of evening, hot_reload" in capsys.readouterr().err
     wrong = tmp_path / "wrong.toml"
