@@ -95,7 +95,7 @@ def as_arrow(rows: EventRows, part: slice, producer: str, first_sequence: int) -
         "count": pa.array(np.where(counted, value, 1).astype(np.uint32)),
         "seconds": pa.array(np.where(watched, value, 0).astype(np.float32)),
         "amount_minor": pa.array(np.where(money, value, 0).astype(np.int64)),
-        "currency": pa.array(np.where(money, "EUR", None).tolist(), pa.utf8()),
+        "currency": pa.array(["EUR" if paid else None for paid in money.tolist()], pa.utf8()),
     }
     batch = pa.record_batch(columns)
     sink = pa.BufferOutputStream()

@@ -1,7 +1,8 @@
 """`liverank bench soak`: does it stay as it is? Latency, memory and errors over minutes at 70 % of its best rate.
 
-Rank calls arrive at a constant rate (open loop) and events are published beside them. Memory is read every second;
-its slope has a standard error, because a slope without one says nothing. The first tenth warms up and is left out.
+Rank calls arrive at a constant rate (open loop) and events are published beside them. Memory is read every second (at
+least 60 times); its slope has a standard error, because a slope without one says nothing. The first tenth warms up
+and is left out.
 Floor: the slope of a process that keeps what it has is 0; a slope within two standard errors of it is none.
 """
 
@@ -82,7 +83,7 @@ def run_soak(
         schedule = Schedule.constant(rate, seconds)
         if schedule.count > MAX_CALLS:
             raise ValueError(f"minutes × rate: at most {MAX_CALLS:,} calls allowed, got {schedule.count:,}")
-        memory = _Memory(filled)
+        memory = _Memory(filled, min(1.0, seconds / 60))
         with grpc.insecure_channel(filled.server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             fleet = Fleet("soak", 4_000, DIM, 1.0, np.random.default_rng(3))
             publisher = Publisher(
@@ -136,9 +137,10 @@ def run_soak(
 
 
 class _Memory:
-    """Reads the server's resident memory every second."""
+    """Reads the server's resident memory every ``every_s`` seconds."""
 
-    def __init__(self, filled: Filled) -> None:
+    def __init__(self, filled: Filled, every_s: float) -> None:
+        self._every_s = every_s
         self.times_s: list[float] = []
         self.bytes_seen: list[int] = []
         self._pid = filled.server.process.pid
@@ -150,7 +152,7 @@ class _Memory:
             while True:
                 self.times_s.append(time.monotonic() - begun_s)
                 self.bytes_seen.append(rss_bytes(self._pid))
-                if self._stop.wait(1.0):
+                if self._stop.wait(self._every_s):
                     return
 
         self._thread = threading.Thread(target=run, name="memory", daemon=True)

@@ -11,17 +11,26 @@ from numpy.typing import NDArray
 
 LANGUAGES, CATEGORIES = ("en", "de", "fr", "ja", "id"), tuple(f"category-{i}" for i in range(20))
 _CREATORS_SHARE = 0.8  # distinct creators per stream
-_NOBODY = ""
 
-_INTERACTIONS = ("left", "chatted", "liked", "followed", "shared")
-_PAYLOADS: dict[str, Callable[[np.random.Generator], dict[str, Any]]] = {
+_Payload = Callable[[np.random.Generator], dict[str, Any]]
+
+
+def _one(kind: str) -> _Payload:
+    return lambda rng: {kind: pb.Interaction(count=1)}
+
+
+def _money(kind: str, currency: str) -> _Payload:
+    return lambda rng: {kind: pb.Money(amount_minor=int(rng.integers(100, 20_000)), currency=currency)}
+
+
+_PAYLOADS: dict[str, _Payload] = {
     "viewer_count": lambda rng: {"viewer_count": pb.ViewerCount(count=int(rng.pareto(1.2) * 20) % 1_000_000)},
     "joined": lambda rng: {"joined": pb.Interaction(count=1), "viewer_id": f"viewer-{rng.integers(1_000_000)}"},
     "watched": lambda rng: {"watched": pb.Watched(seconds=float(rng.random() * 60))},
-    "bid": lambda rng: {"bid": pb.Money(amount_minor=int(rng.integers(100, 20_000)), currency="EUR")},
-    "purchased": lambda rng: {"purchased": pb.Money(amount_minor=int(rng.integers(100, 20_000)), currency="USD")},
+    "bid": _money("bid", "EUR"),
+    "purchased": _money("purchased", "USD"),
     "reported": lambda rng: {"reported": pb.Reported(reason="spam")},
-    **{name: (lambda rng, name=name: {name: pb.Interaction(count=1)}) for name in _INTERACTIONS},
+    **{kind: _one(kind) for kind in ("left", "chatted", "liked", "followed", "shared")},
 }
 
 

@@ -126,11 +126,11 @@ def play(scenario: Scenario, target: Target, say: Console | None = None) -> dict
         observer = Observer(target.metrics, target.pid)
         say.print(f"{scenario.name}: {len(due_s):,} calls within {scenario.duration_s:.0f} s …")
         own_cpu_s, begun_s = time.process_time(), time.monotonic() + LEAD_S
-        parts = [publisher, actions, observer, *([prober] if scenario.probe_every_s else [])]
-        for part in parts:
+        publisher.start(begun_s)
+        parts: list[Actions | Observer | Prober] = [actions, observer]
+        for part in [*parts, prober] if scenario.probe_every_s else parts:
             part.start(begun_s)
-            if part is not publisher:
-                stack.callback(part.stop)
+            stack.callback(part.stop)
         arrivals = open_loop_at(
             callers.call, due_s, callers=MAX_CALLERS, begun_s=begun_s, look=callers.look, overrun_s=10.0
         )

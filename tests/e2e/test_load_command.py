@@ -87,6 +87,21 @@ def test_a_server_that_stalls_shows_in_every_call_that_was_due_meanwhile() -> No
     assert not record["ok"] and any("Rank p99" in fault for fault in record["faults"])
 
 
+def test_a_server_that_dies_ends_the_run_soon_and_everything_lost_is_told() -> None:
+    wanted = scenario(1.5, 60, [{"do": "end", "at_s": 1.3, "share": 0.5}])
+    with own_server(wanted) as target:
+        assert target.pid is not None
+        kill = threading.Timer(1.2, os.kill, (target.pid, signal.SIGKILL))
+        kill.start()
+        record = play(wanted, target)
+        kill.join()
+    calls = [entry for name, entry in record["calls"].items() if name != "Publish"]
+    assert not record["ok"] and sum(entry["errors"].get("UNAVAILABLE", 0) for entry in calls) > 0
+    assert sum(entry["due"] for entry in calls) == 90 and record["calls"]["Rank"]["p99_ms"] is None
+    told = " ".join(record["faults"])
+    assert "Publish: UNAVAILABLE" in told and "end at 1.3 s" in told and "of 90 calls failed" in told
+
+
 def test_a_running_server_is_loaded_and_left_without_the_loads_streams(tmp_path: Path) -> None:
     with running_app(tmp_path, SystemClock(), table={"capacity": 4_000, "embedding_dim": 64}) as client:
         address = f"127.0.0.1:{client.app.port}"

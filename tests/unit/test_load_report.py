@@ -40,7 +40,9 @@ def record(name: str = "spike", failed: int = 0, **keys: Any) -> dict[str, Any]:
     return {
         "format": FORMAT, "scenario": name, "about": "Five < six & 'more'.", "target": "127.0.0.1:1",
         "commit": "abc", "machine": "x86_64, 2 cores", "wall_s": 20.0, "duration_s": 20.0, "streams": 500,
-        "phases": [{"name": "before", "begin_s": 0.0, "end_s": 10.0}, {"name": "after", "begin_s": 10.0, "end_s": 20.0}],
+        "phases": [
+            {"name": "before", "begin_s": 0.0, "end_s": 10.0}, {"name": "after", "begin_s": 10.0, "end_s": 20.0},
+        ],
         "actions": [{"at_s": 12.0, "do": "end", "told": "30 streams ended <b>", "ok": True}],
         "calls": {"Rank": calls(2_000, 0.003, failed), "CheckLive": calls(200, 0.001), "Publish": calls(200, 0.004)},
         "events": {"sent": 90, "accepted": 90, "rejected": {}, "per_s": {"t_s": [0, 1], "accepted": [40, 50]}},
