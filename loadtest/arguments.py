@@ -33,7 +33,7 @@ def add_load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def add_bench(bench: argparse.ArgumentParser) -> None:
     """Options of BENCHES beside those that all benches share (--streams, --seconds, --quick)."""
     bench.add_argument("--p99-ms", type=float, default=20.0, help="slo: the promise to hold")
-    bench.add_argument("--budget-seconds", type=float, default=180.0, help="slo: stop looking after this long")
+    bench.add_argument("--budget-seconds", type=float, default=160.0, help="slo: for all trials together")
     bench.add_argument("--minutes", type=float, default=10.0, help="soak: its length")
     bench.add_argument("--rate", type=float, help="soak: Rank calls per second; else 70 %% of what is found")
     bench.add_argument("--batch", type=int, default=1_000, help="ingest: events per message or pipeline")
