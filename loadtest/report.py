@@ -104,6 +104,7 @@ def _numbers(records: Sequence[Record]) -> str:
         f"{sum(r['events']['rejected'].values()):,} refused, "
         f"<strong>{r['shown_after_end']} shown after their end</strong>, "
         f"generator late by {_ms(r['generator']['late_p99_ms'])} ms (p99) on {r['generator']['cpu_cores']} cores"
+        + _waited(r)
         for i, r in enumerate(records)
     )
     heads = "".join(f"<th>{h}</th>" for h in ("", "due", "failed", "p50", "p90", "p99", "p99.9", "max", "errors"))
@@ -113,6 +114,13 @@ def _numbers(records: Sequence[Record]) -> str:
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="small">{shown}</p>'
     )
+
+
+def _waited(r: Record) -> str:
+    own = r["generator"]
+    if not own["no_caller_free"]:
+        return ""
+    return f", {own['no_caller_free']:,} calls waited because {own['callers']} others were not answered yet"
 
 
 def _actions(records: Sequence[Record]) -> str:

@@ -29,13 +29,15 @@ _LOOKS_UP_EVERY_S = 0.5  # a sleeping caller notices that the run was abandoned
 class Arrivals:
     """What became of every request, in the order in which they were due; n of them.
 
-    due_s float64[n] from the begin of the run. late_s float64[n]: how late the generator began the call; NaN where it
-    did not. latency_s float64[n]: due to answered; NaN where there was no answer. outcome int16[n] into
-    outcome_names, of which the first two are ANSWERED and UNSENT and the others status codes.
+    due_s float64[n] from the begin of the run. late_s float64[n]: how late the call began; NaN where it did not.
+    awaited bool[n]: a caller was free when the call became due, so that its lateness is the generator's own; else all
+    callers waited for replies. latency_s float64[n]: due to answered; NaN where there was no answer.
+    outcome int16[n] into outcome_names, of which the first two are ANSWERED and UNSENT, the others status codes.
     """
 
     due_s: NDArray[np.float64]
     late_s: NDArray[np.float64]
+    awaited: NDArray[np.bool_]
     latency_s: NDArray[np.float64]
     outcome: NDArray[np.int16]
     outcome_names: tuple[str, ...]
@@ -116,6 +118,7 @@ def open_loop_at(
     if callers < 1:
         raise ValueError("callers: must be positive")
     late_s, latency_s = np.full(planned, np.nan), np.full(planned, np.nan)
+    awaited = np.zeros(planned, np.bool_)
     failures: list[tuple[int, str]] = []
     unsent: list[int] = []
     tickets = itertools.count()  # next() on it is atomic: one C call under the interpreter's lock
@@ -132,6 +135,7 @@ def open_loop_at(
                 if clock() > max(gives_up_s, at_s):
                     unsent.append(ticket)
                     continue
+                awaited[ticket] = clock() <= at_s
                 while (left_s := at_s - clock()) > 0 and not abandoned:
                     wait(min(left_s, _LOOKS_UP_EVERY_S))
                 late_s[ticket] = max(0.0, clock() - at_s)
@@ -160,4 +164,4 @@ def open_loop_at(
     outcome[unsent] = UNSENT
     for ticket, code in failures:
         outcome[ticket] = names.index(code)
-    return Arrivals(due_s, late_s, latency_s, outcome, names, clock() - begun_s)
+    return Arrivals(due_s, late_s, awaited, latency_s, outcome, names, clock() - begun_s)

@@ -40,6 +40,8 @@ FIRST_ANSWER_S = 10.0
 ASSESSED_WITHIN_S = 30.0
 LEAD_S = 0.2  # between the last preparation and the first call
 MAX_CALLERS = 256
+INTERRUPTED = 130
+"""Exit status, as shells have it."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def run_load(
 ) -> int:
     """Plays, prints a table and, last, a line of JSON. None as target: starts a server of its own.
 
-    Returns 0, or 1 when the run did not hold what the scenario expects, or no server could be started.
+    Returns 0; 1 when the run did not hold what the scenario expects, or no server could be started; 130 interrupted.
     """
     console = console or Console(width=120, highlight=False)
     try:
@@ -158,6 +160,9 @@ def run_load(
     except NotStartedError as error:
         console.print(f"not started: {error}", markup=False)
         return 1
+    except KeyboardInterrupt:
+        console.print("interrupted; the load's streams were ended, nothing was recorded")
+        return INTERRUPTED
     if out is not None:
         out.write_text(json.dumps(record))
         console.print(f"record: {out}", markup=False)
@@ -248,8 +253,7 @@ def _record(
             "seconds": seconds(late, latency_s, np.zeros(len(late), np.bool_)),
         }
     begins_s = np.cumsum([0.0, *(phase.duration_s for phase in scenario.phase)])
-    whole = arrivals.report()
-    late_s = arrivals.late_s[~np.isnan(arrivals.late_s)]
+    late_s = arrivals.late_s[arrivals.awaited]
     record: dict[str, Any] = {
         "format": FORMAT,
         "scenario": scenario.name,
@@ -294,7 +298,9 @@ def _record(
         "process": observer.process(),
         "generator": {
             "late_p99_ms": round(float(np.percentile(late_s, 99)) * 1000, 3) if len(late_s) else None,
-            "late_max_ms": round(whole.worst_send_delay_s * 1000, 3),
+            "late_max_ms": round(float(late_s.max()) * 1000, 3) if len(late_s) else None,
+            "callers": MAX_CALLERS,
+            "no_caller_free": int((~arrivals.awaited).sum()),
         },
     }
     record["faults"] = _faults(scenario, record, publisher, prober)
@@ -346,6 +352,10 @@ def _print(console: Console, record: dict[str, Any]) -> None:
         f"({fresh['visible']['n']} probes). Shown after an acknowledged end: {record['shown_after_end']}.\n"
         f"Generator: {own['cpu_cores']} cores, late by p99 {own['late_p99_ms']} ms (part of every latency above)."
     )
+    if own["no_caller_free"]:
+        console.print(
+            f"{own['no_caller_free']:,} calls waited for one of {own['callers']} callers: the others were not answered yet."
+        )
     for action in record["actions"]:
         console.print(f"  {action['at_s']:6.1f} s  {action['do']}: {action['told']}", markup=False)
     for fault in record["faults"]:

@@ -58,7 +58,7 @@ def record(name: str = "spike", failed: int = 0, **keys: Any) -> dict[str, Any]:
             "whole_ms": {"rank": 1.1, "apply": 2.0, "retrieve": 0.5, "queue": 0.1, "model": None},
         },
         "process": {"t_s": [1.0, 3.0], "cpu_cores": [0.5, 0.6], "rss_mb": [200.0, 201.0]},
-        "generator": {"late_p99_ms": 0.4, "late_max_ms": 2.0, "cpu_cores": 0.1},
+        "generator": {"late_p99_ms": 0.4, "late_max_ms": 2.0, "cpu_cores": 0.1, "callers": 256, "no_caller_free": 0},
         "faults": [], "ok": True, **keys,
     }  # fmt: skip
 

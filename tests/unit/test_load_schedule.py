@@ -74,6 +74,8 @@ def test_a_stall_on_a_rising_rate_counts_for_every_call_that_became_due_meanwhil
     slow = np.flatnonzero(seen.latency_s > 0.1)
     assert slow[0] == 100 and len(slow) >= meanwhile > 200
     assert seen.late_s[101] == pytest.approx(1.0001 - (due_s[101] - due_s[100]))
+    assert not seen.awaited[101 : 101 + meanwhile].any(), "the only caller was waiting for its reply"
+    assert seen.awaited[:100].all() and seen.late_s[:100].max() < 1e-9
     # The second in which they were due shows it, not the one in which they were answered.
     columns = seconds(seen.due_s, seen.latency_s, seen.outcome != 0)
     assert columns["max_ms"][int(stalled_from_s)] == pytest.approx(1000.1, abs=0.1)
