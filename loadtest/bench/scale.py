@@ -60,7 +60,7 @@ def _size(n: int, seconds: float, events: int, batches: tuple[int, ...]) -> dict
     with tempfile.TemporaryDirectory(prefix="liverank-bench-") as folder:
         row["start_empty_s"] = _timed_start(Path(folder) / "empty", settings)
         begun_s = time.monotonic()
-        with running_server(Path(folder) / "server", settings) as server:
+        with running_server(Path(folder) / "server", settings, START_WITHIN_S) as server:
             empty_bytes = rss_bytes(server.process.pid)
             with grpc.insecure_channel(server.address) as channel:
                 row |= _fill(channel, n)

@@ -26,9 +26,10 @@ Deed = Callable[[Fleet, int], list[pb.Event]]
 
 @dataclass
 class Published:
-    """What was sent and acknowledged on schedule; lists have an entry per batch.
+    """What was sent on schedule, and what was acknowledged; lists have an entry per batch.
 
-    due_s, latency_s: from the begin of the run; due to acknowledged. events: accepted ones.
+    due_s: from the begin of the run. latency_s: due to acknowledged, and events: accepted ones, of as many of the first
+    batches as were acknowledged.
     """
 
     due_s: list[float] = field(default_factory=list)
@@ -200,7 +201,9 @@ class Publisher:
             last = first + len(part) == len(events)
             batch = pb.EventBatch(producer_id=self.producer, events=part)
             sent = _Sent(batch, due_s, done if last and done else Future(), counted)
-            self.seen.sent += len(part) if counted else 0
+            if counted:
+                self.seen.sent += len(part)
+                self.seen.due_s.append(due_s - self._begun_s)
             self._unacked.put(sent)
             self._outbox.put(sent)
 
@@ -217,7 +220,6 @@ class Publisher:
                     if event.WhichOneof("payload") == "ended" and place not in refused:
                         self.ended_at[event.stream_id] = acked_s
                 if sent.counted:
-                    self.seen.due_s.append(sent.due_s - self._begun_s)
                     self.seen.latency_s.append(acked_s - sent.due_s)
                     self.seen.events.append(ack.accepted)
                 sent.done.set_result(acked_s - sent.due_s)

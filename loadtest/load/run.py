@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
-import math
-import os
-import platform
 import shutil
 import socket
 import tempfile
@@ -23,23 +20,21 @@ from liverank.v1 import admin_pb2, admin_pb2_grpc, ranking_pb2, ranking_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.bench.openloop import Arrivals, open_loop_at
+from loadtest.bench.openloop import open_loop_at
 from loadtest.load.actions import Actions
-from loadtest.load.callers import KINDS, Callers
+from loadtest.load.callers import Callers
 from loadtest.load.fleet import Fleet
 from loadtest.load.observe import Observer
+from loadtest.load.outcome import MAX_CALLERS, headline, outcome
 from loadtest.load.prober import Prober
 from loadtest.load.publisher import Publisher
-from loadtest.load.record import FORMAT, calls_record, plain_ms, samples, seconds, totals
 from loadtest.load.scenario import Scenario, Start
 from loadtest.processes import ROOT, NotStartedError, running_server
-from loadtest.revision import commit
 from server.errors import ConfigError
 
 FIRST_ANSWER_S = 10.0
 ASSESSED_WITHIN_S = 30.0
 LEAD_S = 0.2  # between the last preparation and the first call
-MAX_CALLERS = 256
 INTERRUPTED = 130
 """Exit status, as shells have it."""
 
@@ -140,7 +135,7 @@ def play(scenario: Scenario, target: Target, say: Console | None = None) -> dict
         if rest_s > 0:  # events, actions and probes go on to the end
             time.sleep(rest_s)
         own_cpu_s = time.process_time() - own_cpu_s
-    record = _record(scenario, target, arrivals, callers, publisher, prober, actions, observer)
+    record = outcome(scenario, target.address, arrivals, callers, publisher, prober, actions, observer)
     record["generator"]["cpu_cores"] = round(own_cpu_s / max(arrivals.wall_s, scenario.duration_s), 3)
     record["server_version"], record["scoring"] = status.version, status.scoring_backend
     return record
@@ -174,20 +169,6 @@ def run_load(
     _print(console, record)
     print(json.dumps(headline(record)))
     return 0 if record["ok"] else 1
-
-
-def headline(record: dict[str, Any]) -> dict[str, Any]:
-    """The record in one line: totals without the columns over time."""
-    calls = {
-        name: {key: value for key, value in entry.items() if key not in ("seconds", "curve")}
-        for name, entry in record["calls"].items()
-    }
-    kept = (
-        "scenario", "commit", "machine", "target", "wall_s", "ok", "faults", "events", "shown_after_end", "actions",
-        "levels", "models", "generator", "floor",
-    )  # fmt: skip
-    freshness = {name: value for name, value in record["freshness"].items() if name != "probes"}
-    return {"bench": "load"} | {key: record[key] for key in kept} | {"calls": calls, "freshness": freshness}
 
 
 def _connected(address: str) -> grpc.Channel:
@@ -233,111 +214,6 @@ def _phase_at(scenario: Scenario, t_s: float) -> Any:
     return scenario.phase[-1]
 
 
-def _record(
-    scenario: Scenario,
-    target: Target,
-    arrivals: Arrivals,
-    callers: Callers,
-    publisher: Publisher,
-    prober: Prober,
-    actions: Actions,
-    observer: Observer,
-) -> dict[str, Any]:
-    calls = {name: calls_record(arrivals, callers.kind, i) for i, name in enumerate(KINDS) if (callers.kind == i).any()}
-    seen, fresh = publisher.seen, prober.seen
-    due_s, latency_s = np.array(seen.due_s), np.array(seen.latency_s)
-    if len(due_s):
-        late = np.clip(due_s, 0.0, math.ceil(scenario.duration_s) - 1e-6)
-        calls["Publish"] = totals(latency_s) | {
-            "errors": {},
-            "seconds": seconds(late, latency_s, np.zeros(len(late), np.bool_)),
-        }
-    begins_s = np.cumsum([0.0, *(phase.duration_s for phase in scenario.phase)])
-    late_s = arrivals.late_s[arrivals.awaited]
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "scenario": scenario.name,
-        "about": scenario.about,
-        "target": target.address,
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "floor": "none of its own: a load tells what callers saw; `bench serve` has the constant reply",
-        "wall_s": round(arrivals.wall_s, 2),
-        "duration_s": scenario.duration_s,
-        "streams": scenario.fleet.streams,
-        "phases": [
-            {"name": p.name, "begin_s": float(begins_s[i]), "end_s": float(begins_s[i + 1])}
-            for i, p in enumerate(scenario.phase)
-        ],
-        "actions": actions.done,
-        "calls": calls,
-        "events": {
-            "sent": seen.sent,
-            "accepted": int(sum(seen.events)),
-            "rejected": dict(seen.rejected),
-            "per_s": _events_per_s(seen.due_s, seen.events, scenario.duration_s),
-        },
-        "freshness": {
-            "start_acked": samples(fresh.start_acked_s),
-            "visible": samples(fresh.visible_s),
-            "end_acked": samples(fresh.end_acked_s),
-            "gone": samples(fresh.gone_s),
-            "told": samples(fresh.told_s),
-            "never_visible": fresh.never_visible,
-            "never_told": fresh.never_told,
-            "probes": {
-                "t_s": [round(t, 3) for t in fresh.begun_s[: len(fresh.gone_s)]],
-                "visible_ms": [plain_ms(s) for s in fresh.visible_s[: len(fresh.gone_s)]],
-                "gone_ms": [plain_ms(s) for s in fresh.gone_s],
-            },
-        },
-        "shown_after_end": len(callers.shown_after_end) + fresh.shown_after_end,
-        "levels": dict(callers.levels),
-        "models": dict(callers.models),
-        "stages": observer.stages(),
-        "process": observer.process(),
-        "generator": {
-            "late_p99_ms": round(float(np.percentile(late_s, 99)) * 1000, 3) if len(late_s) else None,
-            "late_max_ms": round(float(late_s.max()) * 1000, 3) if len(late_s) else None,
-            "callers": MAX_CALLERS,
-            "no_caller_free": int((~arrivals.awaited).sum()),
-        },
-    }
-    record["faults"] = _faults(scenario, record, publisher, prober)
-    record["ok"] = not record["faults"]
-    return record
-
-
-def _faults(scenario: Scenario, record: dict[str, Any], publisher: Publisher, prober: Prober) -> list[str]:
-    """What did not hold, in words."""
-    faults = [text for text in (publisher.seen.failure, prober.seen.failure) if text]
-    if record["shown_after_end"]:
-        faults.append(f"{record['shown_after_end']} streams shown after their end was acknowledged")
-    if record["freshness"]["never_visible"]:
-        faults.append(f"{record['freshness']['never_visible']} probes never became visible")
-    faults += [f"{a['do']} at {a['at_s']:.1f} s: {a['told']}" for a in record["actions"] if not a["ok"]]
-    if missing := len(scenario.actions) - len(record["actions"]):
-        faults.append(f"{missing} actions were not carried out")
-    calls = [entry for name, entry in record["calls"].items() if name != "Publish"]
-    failed, due = sum(entry["failed"] for entry in calls), sum(entry["due"] for entry in calls)
-    if failed > scenario.expect.failed_share * due:
-        faults.append(f"{failed} of {due} calls failed; at most {scenario.expect.failed_share:.1%} expected")
-    limit_ms = scenario.expect.rank_p99_ms
-    p99_ms = record["calls"].get("Rank", {}).get("p99_ms")
-    if limit_ms is not None and (p99_ms is None or p99_ms > limit_ms):
-        faults.append(f"Rank p99 {'infinite' if p99_ms is None else f'{p99_ms} ms'}; at most {limit_ms} ms expected")
-    return faults
-
-
-def _events_per_s(due_s: list[float], events: list[int], duration_s: float) -> dict[str, list[Any]]:
-    """By the second in which they were due; the last step falls on the end, and counts for the second before."""
-    if not due_s:
-        return {"t_s": [], "accepted": []}
-    bucket = np.clip(np.array(due_s), 0.0, math.ceil(duration_s) - 1).astype(np.int64)
-    counts = np.bincount(bucket, weights=np.array(events, np.float64))
-    return {"t_s": list(range(len(counts))), "accepted": counts.astype(np.int64).tolist()}
-
-
 def _print(console: Console, record: dict[str, Any]) -> None:
     table = Table(title=f"{record['scenario']}: open loop, ms from when a call was due; – : failed calls reach it")
     for title in ("call", "due", "failed", "p50", "p90", "p99", "max", "errors"):
@@ -354,7 +230,8 @@ def _print(console: Console, record: dict[str, Any]) -> None:
     )
     if own["no_caller_free"]:
         console.print(
-            f"{own['no_caller_free']:,} calls waited for one of {own['callers']} callers: the others were not answered yet."
+            f"{own['no_caller_free']:,} calls waited for one of {own['callers']} callers: "
+            "so many others were not answered yet."
         )
     for action in record["actions"]:
         console.print(f"  {action['at_s']:6.1f} s  {action['do']}: {action['told']}", markup=False)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from loadtest.load.run import Target, headline, own_server, play
+from loadtest.load.outcome import headline
+from loadtest.load.run import Target, own_server, play
 from loadtest.load.scenario import Scenario, parse_scenario
 from loadtest.processes import wait_for
 from server.__main__ import main
@@ -98,6 +99,7 @@ def test_a_server_that_dies_ends_the_run_soon_and_everything_lost_is_told() -> N
     calls = [entry for name, entry in record["calls"].items() if name != "Publish"]
     assert not record["ok"] and sum(entry["errors"].get("UNAVAILABLE", 0) for entry in calls) > 0
     assert sum(entry["due"] for entry in calls) == 90 and record["calls"]["Rank"]["p99_ms"] is None
+    assert record["calls"]["Publish"]["p50_ms"] > 0
     told = " ".join(record["faults"])
     assert "Publish: UNAVAILABLE" in told and "end at 1.3 s" in told and "of 90 calls failed" in told
 
