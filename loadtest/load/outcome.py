@@ -20,6 +20,7 @@ from loadtest.load.scenario import Scenario
 from loadtest.revision import commit
 
 MAX_CALLERS = 256
+"""Calls in flight at once, at most; further ones wait, and their waiting counts."""
 
 
 def outcome(
