@@ -135,9 +135,9 @@ def start_server(
 
 
 @contextmanager
-def running_server(folder: Path, settings: dict[str, dict[str, Any]]) -> Iterator[Server]:
+def running_server(folder: Path, settings: dict[str, dict[str, Any]], within_s: float = 90.0) -> Iterator[Server]:
     """`start_server`, and an orderly stop at the end (or a kill, if that takes too long)."""
-    server = start_server(folder, settings)
+    server = start_server(folder, settings, within_s)
     try:
         yield server
     finally:

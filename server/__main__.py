@@ -1,4 +1,4 @@
-"""`liverank`: serve · doctor · token · log · table export · demo · replay · rank · explain · bench."""
+"""`liverank`: serve · doctor · token · log · table export · demo · replay · rank · explain · load · report · bench."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 from kernels.backend import visible_gpu
+from loadtest import arguments as loadtest_arguments  # argparse only
 from server.clock import SystemClock
 from server.config import load_settings
 from server.errors import ConfigError, Draining, LiverankError
@@ -83,8 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("out", type=Path, metavar="OUT.parquet")
     export.add_argument("--config", type=Path, help="settings file (TOML)")
 
+    loadtest_arguments.add_load(commands)
+
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
-    bench.add_argument("name", choices=BENCHES)
+    bench.add_argument("name", choices=sorted({*BENCHES, *loadtest_arguments.BENCHES}))
+    loadtest_arguments.add_bench(bench)
     bench.add_argument("--streams", type=int, nargs="+", help="first, serve, overload, recovery: sizes of the table")
     bench.add_argument("--events", type=int, help="recovery: events in the log")
     bench.add_argument("--concurrency", type=int, nargs="+", help="serve: callers at once")
@@ -142,6 +146,12 @@ def _run(options: argparse.Namespace) -> int:
             raise ConfigError(f"bench gpu needs torch and triton: pip install 'liverank[gpu]' ({error})") from error
 
         return run_gpu(options.quick)
+    if options.command == "load":
+        return loadtest_arguments.run_load(options)
+    if options.command == "report":
+        return loadtest_arguments.run_report(options)
+    if options.command == "bench" and options.name in loadtest_arguments.BENCHES:
+        return loadtest_arguments.run_bench(options)
     if options.command == "bench" and options.name == "kernels":
         from loadtest.bench.kernels import run_kernels
 

@@ -7,6 +7,7 @@ per caller instead of once per request that should have been sent (coordinated o
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class LoadReport:
     latencies_s float64[answered], ascending; failed calls are in ``errors`` (by status code) and not in the
     latencies. unsent: planned but not sent when time was up. worst_send_delay_s: how late the generator itself
     began a call; part of that call's latency, and not small when its callers did not suffice.
+    The percentiles are those of answered calls; `promised_ms` counts the others too.
     """
 
     latencies_s: NDArray[np.float64]
@@ -65,6 +67,18 @@ class LoadReport:
     def percentile_ms(self, q: float) -> float:
         """Latency that ``q`` per cent of the answered calls did not exceed, ms; NaN without any."""
         return float(np.percentile(self.latencies_s, q)) * 1000 if self.answered else float("nan")
+
+    @property
+    def failed(self) -> int:
+        """Calls without an answer: failed or never sent."""
+        return sum(self.errors.values()) + self.unsent
+
+    def promised_ms(self, q: float) -> float:
+        """Latency within which ``q`` per cent of *all* calls were answered, ms; failed ones never were (infinity).
+
+        This is what a promise to callers is held against: a server that refuses its slow calls has a fine p99.
+        """
+        return nearest_rank(self.latencies_s, self.failed, q) * 1000
 
     def summary(self) -> dict[str, object]:
         """Plain values for a line of JSON; latencies null when nothing was answered."""
@@ -111,6 +125,20 @@ def report(calls: list[Calls], wall_s: float, unsent: int = 0, worst_send_delay_
     errors = sum((c.errors for c in calls), Counter())
     latencies_s = np.sort(np.array([s for c in calls for s in c.taken_s], np.float64))
     return LoadReport(latencies_s, dict(errors), wall_s, unsent, worst_send_delay_s)
+
+
+def nearest_rank(ascending: NDArray[np.float64], failed: int, q: float) -> float:
+    """The smallest value that ``q`` per cent of all do not exceed, ``failed`` further ones being infinite.
+
+    Args:
+        ascending: float64[n]. With no values at all the answer is NaN.
+        q: above 0, at most 100.
+    """
+    total = len(ascending) + failed
+    if total == 0:
+        return float("nan")
+    place = max(0, math.ceil(round(q / 100 * total, 9)) - 1)
+    return float(ascending[place]) if place < len(ascending) else math.inf
 
 
 def code_of(error: grpc.RpcError) -> str:
