@@ -30,6 +30,7 @@ from loadtest.load.prober import Prober
 from loadtest.load.publisher import Publisher
 from loadtest.load.scenario import Scenario, Start
 from loadtest.processes import ROOT, NotStartedError, running_server
+from server.channel import open_channel
 from server.errors import ConfigError
 
 FIRST_ANSWER_S = 10.0
@@ -173,7 +174,7 @@ def run_load(
 
 def _connected(address: str) -> grpc.Channel:
     """A connection of its own: events and replies do not share one."""
-    return grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
+    return open_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
 
 
 def _first_answer(channel: grpc.Channel, address: str) -> admin_pb2.StatusResponse:
