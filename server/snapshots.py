@@ -61,7 +61,10 @@ class Snapshots:
     def _run(self) -> None:
         every_s = self._settings.snapshot.every_ms / 1000
         wait_s = every_s
-        self._buffer.reserve(self._engine.table)
+        try:
+            self._buffer.reserve(self._engine.table)
+        except MemoryError:
+            logger.exception("no memory for snapshots; asking again at the first")
         while not self._stop.wait(wait_s):
             wait_s = every_s
             try:

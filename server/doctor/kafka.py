@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from server.doctor.base import Context, Finding, fail, ok, warn
 from server.errors import ConfigError
 
 ANSWER_WITHIN_S = 1.5
+_QUIET = logging.Logger("librdkafka of the doctor")
+"""The client writes a line for every try; a finding says it once."""
+_QUIET.addHandler(logging.NullHandler())
 
 
 def kafka(context: Context) -> Iterator[Finding]:
@@ -19,14 +23,14 @@ def kafka(context: Context) -> Iterator[Finding]:
     try:
         from confluent_kafka import Consumer, KafkaException
 
-        from server.log.kafka import client_logger, client_options
+        from server.log.kafka import client_options
     except ImportError as error:
         yield fail("kafka.client", f"confluent_kafka cannot be imported: {error}", "pip install 'liverank[kafka]'")
         return
     try:
         consumer = Consumer(
             client_options(settings, **{"group.id": "liverank-doctor", "enable.auto.commit": False}),
-            logger=client_logger,
+            logger=_QUIET,
         )
     except (ConfigError, KafkaException) as error:
         yield fail("kafka.client", f"log.kafka.options: {error}", "Correct log.kafka.options; see librdkafka's list.")

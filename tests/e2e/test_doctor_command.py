@@ -95,6 +95,7 @@ def test_the_defaults_can_serve_and_nothing_is_left_behind(tmp_path: Path) -> No
         "clock",
         "ports",
         "security",
+        "admission",
         "model",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["doctor.toml"]
@@ -124,7 +125,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         },
     )
     assert code == 1
-    assert set(failed(report)) == {"files.log_folder", "files.rules", "model.scores"}
+    assert set(failed(report)) == {"files.log_folder", "files.snapshots", "files.rules", "model.scores"}
 
 
 def test_too_few_open_files_cannot_serve(tmp_path: Path) -> None:

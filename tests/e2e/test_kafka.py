@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from server.clock import ManualClock, SystemClock
 from server.config import parse_settings
 from server.errors import ConfigError, LogError
 from server.export import run_export
+from server.live.events import decode_batch
+from server.log.commit import Submission
+from server.log.kafka_commit import KafkaCommit, _Pending
 from server.rpc.control import PRODUCER
 from tests.app import SMALL, Client, running_app, serving_app, status_of
 from tests.e2e.test_access import Publisher
@@ -311,3 +316,24 @@ def test_the_table_of_a_topic_can_be_exported(tmp_path: Path, broker: Broker) ->
     written = pyarrow.parquet.read_table(out)
     assert dict(zip(written["stream_id"].to_pylist(), written["state"].to_pylist(), strict=True))["t"] == "ended"
     assert int(written.schema.metadata[b"offset"]) > offset
+
+
+def test_a_drain_ends_with_the_last_batch_on_its_way_and_not_with_the_ack_timeout(
+    tmp_path: Path, broker: Broker
+) -> None:
+    clock = ManualClock(T0)
+    about = kafka(broker, time_record_ms=600_000, ack_timeout_ms=60_000)
+    with running_app(tmp_path, clock, model=False, log=about) as client:
+        client.publish(started("s", 0, T0))
+        commit = client.app._commit
+        assert isinstance(commit, KafkaCommit)
+        payload = batch(started("t", 1, T0))
+        submission = Submission(payload, decode_batch(payload, client.app.settings.table), T0, Future())
+        pending = commit._pending["last"] = _Pending(submission, delivered=True)
+        pending.applied.add_done_callback(lambda _: commit._settle("last"))
+        stopping = threading.Thread(target=commit.stop)
+        stopping.start()
+        eventually(lambda: commit._stopping, what="it stops")
+        pending.applied.set_result(None)
+        stopping.join(10.0)
+        assert not stopping.is_alive() and submission.done.done()

@@ -20,6 +20,7 @@ from server.clock import ManualClock
 from server.config import parse_settings
 from server.errors import ConfigError, Draining, LogError, SnapshotError
 from server.export import opened, recovered
+from server.live.state import StateBuffer
 from server.log.base import Record
 from server.log.sqlite import SqliteLog
 from server.log.trim import LogTrimmer
@@ -358,6 +359,25 @@ def test_a_snapshot_from_before_a_restart_is_in_the_metrics_and_a_log_that_canno
         with pytest.raises(LogError):
             client.app.snapshots._trim()
         assert client.app.metrics.log_errors.labels("trim")._value.get() == 1
+
+
+def test_no_memory_at_first_is_not_the_end_of_snapshots(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[int] = []
+    original = StateBuffer.reserve
+
+    def short(self: StateBuffer, table: Any) -> None:
+        if len(refused) < 2:
+            refused.append(1)
+            raise MemoryError("not now")
+        original(self, table)
+
+    monkeypatch.setattr(StateBuffer, "reserve", short)
+    with running_app(tmp_path, clock, snapshot={"every_ms": 20}) as client:
+        fill(client, 0, 1)
+        eventually(lambda: snapshots(tmp_path), what="a snapshot, once there is memory")
+        assert client.app.metrics.snapshots.labels("failed")._value.get() == 1
 
 
 def test_a_failed_snapshot_is_counted_and_tried_again(

@@ -80,11 +80,19 @@ def test_a_table_rebuilt_from_the_log_file_is_bit_identical(records: list[Record
     assert reread.last is not None and reread.last.offset == len(records)
 
 
-def test_a_damaged_record_is_named_and_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ["x'00'", "'text'", "17"])
+def test_a_damaged_record_is_named_and_refused(tmp_path: Path, damaged: str) -> None:
     path = tmp_path / "log.sqlite3"
     log = SqliteLog(path)
     log.append([Record(i, T0, batch(started(f"s{i}", i))) for i in (1, 2, 3)])
-    log._db.execute("UPDATE log SET payload = x'00' WHERE record = 2")
+    log._db.execute(f"UPDATE log SET payload = {damaged} WHERE record = 3")
+    with pytest.raises(LogError, match="record 3 is damaged"):
+        SqliteLog(path, read_only=True)
+    again = SqliteLog(path)
+    assert (again.truncated, again.last) == (3, Record(2, T0, b"")), "a start removes the last one"
+    again.close()
+    log._db.execute("INSERT INTO log VALUES (3, ?, 0, x'')", (T0,))
+    log._db.execute(f"UPDATE log SET payload = {damaged} WHERE record = 2")
     with pytest.raises(LogError, match="record 2 is damaged"):
         list(log.read(0))
     log._db.execute("DELETE FROM log WHERE record = 2")
