@@ -68,7 +68,7 @@ class Scale:
 
 def nice_ticks(least: float, most: float) -> list[float]:
     """About five round numbers whose steps are 1, 2 or 5 times a power of ten; they reach around [least, most]."""
-    if not most - least > 1e-9 * max(1e-3, abs(least), abs(most)):  # all alike
+    if not most - least > 1e-9 * max(1.0, abs(least), abs(most)):  # all alike
         most = least + 1.0
     rough = (most - least) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))

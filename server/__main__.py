@@ -12,7 +12,6 @@ import sys
 import threading
 from pathlib import Path
 
-from kernels.backend import visible_gpu
 from loadtest import arguments as loadtest_arguments  # argparse only
 from server.clock import SystemClock
 from server.config import load_settings
@@ -138,6 +137,8 @@ def _run(options: argparse.Namespace) -> int:
 
         return run_replay(options.file, options.speed, options.surface, options.config)
     if options.command == "bench" and options.name == "gpu":
+        from kernels.backend import visible_gpu
+
         if options.quick and visible_gpu() is None:
             os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
         try:
@@ -198,7 +199,16 @@ def _serve(config: Path | None, ready_file: Path | None) -> int:
     # Blocked before any library starts a thread, then waited for: a handler runs only when the main thread
     # happens to wake up, and a signal that the kernel hands to another thread does not wake it.
     stops = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    try:
+        return _serve_until(stops, config, ready_file)
+    finally:
+        while signal.sigtimedwait(stops, 0) is not None:
+            pass  # a second request to stop, which must not kill what has ended in order
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve_until(stops: set[signal.Signals], config: Path | None, ready_file: Path | None) -> int:
     from server.app import App
 
     faults = threading.Event()

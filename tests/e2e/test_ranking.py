@@ -15,7 +15,6 @@ from liverank.v1 import admin_pb2, ranking_pb2
 
 from kernels import fence
 from server.clock import ManualClock
-from server.rpc.decode import decode_rank
 from tests.app import Client, running_app, status_of
 from tests.events import T0, event, started
 from tests.triton_server import eventually
@@ -300,15 +299,6 @@ def test_overload_is_refused_early_with_a_hint_when_to_retry(tmp_path: Path) -> 
         hints = dict(refused.value.trailing_metadata())
         assert int(hints["grpc-retry-pushback-ms"]) > 0
         assert all(call.result().applied_offset == 0 for call in waiting), "who waits is served"
-
-
-def test_with_no_time_left_to_rank_an_empty_table_gives_an_empty_slate(tmp_path: Path) -> None:
-    with running_app(tmp_path) as client:
-        engine = client.app.engine
-        query = decode_rank(ranking_pb2.RankRequest(), engine.settings, engine.streams.book.surfaces, 60.0)
-        (reply,) = engine.call(lambda: engine._rank_queries([query], popular=True)).result(10.0)
-        found = ranking_pb2.RankResponse.FromString(reply)
-        assert not found.streams and found.degradation.level == ranking_pb2.Degradation.POPULAR
 
 
 def test_with_no_time_left_to_rank_the_popular_list_is_returned_verified_and_disclosed(
