@@ -17,7 +17,8 @@ demo: setup triton                 ## Triton, server, simulated platform: one mi
 serve: setup                       ## a server with the default settings (model in process)
 	$(BIN)/liverank serve
 test: $(TESTING) triton            ## all tests, a real Triton included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/parity tests/contract
+	$(BIN)/python -m pytest tests/e2e tests/faults   # real processes and their times: one after the other
 check: $(TESTING)                  ## style, types, and what bandit finds suspicious
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

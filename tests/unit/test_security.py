@@ -56,7 +56,9 @@ def test_a_token_is_known_by_any_of_its_hashes_so_that_two_can_overlap() -> None
 
 
 @pytest.mark.parametrize(
-    "token", ["", "reader", TOKENS["reader"] + "x", TOKENS["other"], new_token("reader"), "é" * 50]
+    "token",
+    ["", "reader", TOKENS["reader"] + "x", TOKENS["other"], new_token("reader"), "é" * 50],
+    ids=["none", "name only", "longer", "not in the file", "another secret", "not ASCII"],
 )
 def test_another_token_is_refused_without_a_hint(token: str) -> None:
     with pytest.raises(Unauthenticated, match=r"^authorization: this token is not, or no longer, accepted$"):
