@@ -100,8 +100,7 @@ class Pipeline:
         now_ms = self._clock.now_ms()
         kept, counts, drops = self._last_check(batch, filters, picks, n_picks, now_ms)
         shown = np.take_along_axis(picks, np.maximum(kept, 0), axis=1)
-        known = self.snapshot.viewers if self.snapshot.rows else np.zeros(1, np.float32)
-        viewers = known[np.maximum(shown, 0)]  # of an empty table nothing is shown, but it is an answer
+        viewers = self.snapshot.viewers[np.maximum(shown, 0)]
         clock.stage("verify_us")
         width = max(1, int(counts.max(initial=0)))
         slots = np.ascontiguousarray(np.where(kept >= 0, shown, -1)[:, :width])

@@ -43,7 +43,6 @@ class OnDevice(Started):
     """A batch that the device works on; ``buffers`` None: it is ranked on the host when it is finished."""
 
     filters: FilterColumns
-    now_ms: int
     began_s: float
     queued_s: float
     buffers: RankBuffers | None
@@ -92,13 +91,12 @@ class GpuPipeline(Pipeline):
         began_s = time.perf_counter()
         filters = self.snapshot.filter_columns(batch.filters)
         buffers = self._stage(batch, filters, quality)
-        now_ms = self._clock.now_ms()
         if buffers is not None:
-            buffers.inputs.host["params"][0] = now_ms
+            buffers.inputs.host["params"][0] = self._clock.now_ms()
             buffers.inputs.upload()
             self.run(buffers)
             buffers.outputs.download()
-        return OnDevice(batch, quality, filters, now_ms, began_s, time.perf_counter(), buffers)
+        return OnDevice(batch, quality, filters, began_s, time.perf_counter(), buffers)
 
     def finish(self, started: Started) -> SlateBatch:
         """See `Pipeline.finish`. Waits for the device."""
@@ -142,10 +140,10 @@ class GpuPipeline(Pipeline):
 
     def prepare(self) -> None:
         """Runs and captures every bucket, before the server says SERVING: nothing is compiled or allocated later."""
-        for bucket in BUCKETS:
-            if bucket <= max(1, self._settings.serve.max_batch_rows):
-                for turn in range(2):
-                    self.run(self.buffers_of(bucket, turn))
+        largest = bucket_of(self._settings.serve.max_batch_rows) or BUCKETS[-1]
+        for bucket in BUCKETS[: BUCKETS.index(largest) + 1]:
+            for turn in range(2):
+                self.run(self.buffers_of(bucket, turn))
 
     # --- stages -------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class Snapshot:
 
     @cached_property
     def viewers(self) -> NDArray[np.float32]:
-        """float32[rows, at least 1]: viewers last reported."""
+        """float32[rows, at least 1]: viewers last reported; an empty table is answered, too."""
         return self.table.accumulators.viewers(max(1, self.rows))
 
     @cached_property
