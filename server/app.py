@@ -26,14 +26,14 @@ from server.recorder import Recorder
 from server.recovery import recover
 from server.retrieval.registry import make_search
 from server.rpc.admin import AdminService
-from server.rpc.admission import AdmissionInterceptor
 from server.rpc.auth import Gatekeeper
 from server.rpc.control import Control
+from server.rpc.direct import DirectServer
 from server.rpc.encode import encode_replies
 from server.rpc.ingest import IngestService
 from server.rpc.liveness import LivenessService
 from server.rpc.ranking import RankingService
-from server.rpc.raw import ingest_handler, ranking_handler
+from server.rpc.raw import ingest_handler
 from server.rpc.slots import StreamSlots
 from server.rpc.tls import bind
 from server.rules.rulebook import RuleBook
@@ -112,7 +112,7 @@ class App:
         self.metrics.capacity_rows.set(settings.table.capacity)
         self.gate = Gate(settings.security, clock, self.metrics)
         serve = settings.serve
-        admission = Admission(settings.admission, serve.rank_threads, serve.max_queue_rows, self.recorder.shed)
+        admission = Admission(settings.admission, serve.max_rank_calls, serve.max_queue_rows, self.recorder.shed)
         self.engine = Engine(
             settings, clock, world.table, features, world.streams, world.pipeline,
             EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, admission, on_fault,
@@ -134,13 +134,12 @@ class App:
             self.recorder.model_called,
         )
         self._slots = StreamSlots(settings.serve.max_open_streams)
-        # Streaming calls hold a thread each; unary calls have threads of their own beside them, those of Ranking
-        # in the interceptor: however many there are, health and liveness are answered.
+        # Streaming calls hold a thread each; other unary calls have threads of their own beside them, those of
+        # Ranking need none: however many there are, health and liveness are answered.
         self._pool = ThreadPoolExecutor(OTHER_THREADS + settings.serve.max_open_streams, thread_name_prefix="rpc")
-        self._admission = AdmissionInterceptor(admission, self.recorder, settings.serve.rank_threads)
         self._grpc = grpc.server(
             self._pool,
-            interceptors=(self._admission, Gatekeeper(self.gate, self.recorder)),
+            interceptors=(Gatekeeper(self.gate, self.recorder),),
             options=[
                 ("grpc.max_receive_message_length", settings.serve.max_message_bytes),
                 ("grpc.max_send_message_length", settings.serve.max_message_bytes),
@@ -150,7 +149,9 @@ class App:
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
         )
+        self._ranking = RankingService(self.engine, self.gate, self.recorder)
         self._register()
+        self._calls = DirectServer(self._grpc, self._ranking.methods())
         self._drained = threading.Lock()
         self._stopping = threading.Event()
         self._stop_metrics: Callable[[], None] = lambda: None
@@ -161,7 +162,7 @@ class App:
         engine, recorder = self.engine, self.recorder
         control = Control(engine, self._commit, self._log.control_producer)
         ingest = IngestService(engine, self._commit, recorder, self._slots)
-        self._grpc.add_generic_rpc_handlers((ranking_handler(RankingService(engine, recorder)), ingest_handler(ingest)))
+        self._grpc.add_generic_rpc_handlers((ingest_handler(ingest),))
         liveness_pb2_grpc.add_LivenessServicer_to_server(
             LivenessService(engine, control, recorder, self._slots), self._grpc
         )
@@ -195,7 +196,7 @@ class App:
                 f"serve.metrics_port: {metrics_host}:{serve.metrics_port} cannot be bound: {error}"
             ) from error
         self.gate.start()
-        self._grpc.start()
+        self._calls.start()
         self._log.connect(self._stopping)
         recovered = recover(self.engine, self._log.history, self._folder, self.metrics, self._stopping)
         self._log.start(recovered.offset, recovered.stamp_ms)
@@ -227,7 +228,7 @@ class App:
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._slots.close()
         self.engine.ends.close()
-        stopped = self._grpc.stop(grace=self.settings.serve.drain_grace_ms / 1000)
+        stopped = self._calls.stop(self.settings.serve.drain_grace_ms / 1000)
         clean = stopped.wait(self.settings.serve.drain_grace_ms / 1000 + 1.0)
         self.snapshots.stop()
         self._commit.stop()
@@ -237,7 +238,7 @@ class App:
         self._log.close()
         self._stop_metrics()
         self.gate.stop()
-        self._admission.close()
+        self._ranking.close()
         self._pool.shutdown(wait=False)
         logger.info("drained %s", "cleanly" if clean else "with calls cut off")
         return clean

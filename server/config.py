@@ -28,7 +28,9 @@ class ServeSettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(7710, ge=0, le=65535, description="gRPC port; 0: a free one")
     metrics_port: int = Field(7711, ge=0, le=65535, description="Prometheus port; 0: a free one")
-    rank_threads: int = Field(128, ge=1, le=1024, description="Rank calls handled at once; each waits in a thread")
+    max_rank_calls: int = Field(
+        256, ge=1, le=65_536, description="interactive Rank calls in the server at once; upper bound of the limit"
+    )
     max_open_streams: int = Field(64, ge=1, le=4096, description="open Publish and WatchEnded calls")
     max_queue_rows: int = Field(4096, ge=1, description="viewers waiting to be ranked")
     max_batch_rows: int = Field(64, ge=1, description="viewers ranked together")

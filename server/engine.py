@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from kernels import fence
 from server.admission.gate import Admission
-from server.batching.base import Priority, Turn, Waiting, hand_out
+from server.batching.base import Answer, Priority, Turn, Waiting, hand_out
 from server.batching.queue import RankQueue
 from server.clock import Clock
 from server.config import Settings
@@ -49,6 +49,7 @@ from server.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+A = TypeVar("A", bound=Answer)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Engine:
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._results: deque[RefreshResult] = deque()
         self._on_its_way: _OnItsWay | None = None  # a batch that the device works on
-        self._in_hand: list[Future[Any]] = []  # taken from the queues in this turn of the loop
+        self._in_hand: list[Answer] = []  # taken from the queues in this turn of the loop
         self._touched: list[NDArray[np.int32]] = []
         self._next_tick_s = 0.0
         self._next_refresh_ms = 0
@@ -169,11 +170,16 @@ class Engine:
         client: str = "",
         priority: Priority = Priority.INTERACTIVE,
         arrived_s: float | None = None,
-    ) -> list[Future[list[bytes]]]:
+        answer: Callable[[], A] = Future,  # type: ignore[assignment]
+    ) -> list[A]:
         """Queues viewers to be ranked; resolves to one serialised RankResponse each, in order.
 
-        One future per ``max_batch_rows`` viewers: between the parts of a large call the engine applies
-        events and ticks. All or nothing is queued. ``arrived_s``: when the call came, monotonic; None: now.
+        One answer per ``max_batch_rows`` viewers: between the parts of a large call the engine applies
+        events and ticks. All or nothing is queued.
+
+        Args:
+            arrived_s: when the call came, monotonic; None: now.
+            answer: makes what the engine thread resolves.
 
         Raises:
             Overloaded: too many viewers wait already. Draining: the engine has not started, or stops.
@@ -181,17 +187,19 @@ class Engine:
         step = self.settings.serve.max_batch_rows
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
         parts: list[Waiting[RankQuery]] = []
+        answers: list[A] = []
         for i in range(0, len(queries), step):
             rows = queries[i : i + step]
             deadline_s, offset = min(q.deadline_s for q in rows), max(q.min_offset for q in rows)
-            parts.append(Waiting(rows, client, priority, arrived_s, deadline_s, offset, Future()))
+            answers.append(answer())
+            parts.append(Waiting(rows, client, priority, arrived_s, deadline_s, offset, answers[-1]))
         with self._wake:
             self._check_open()
             if self._queue.rows + len(queries) > max(self.settings.serve.max_queue_rows, len(queries)):
                 raise self.admission.full(self._queue.rows, priority)
             self._queue.put(parts, self.applied_offset)
             self._wake.notify()
-        return [part.done for part in parts]
+        return answers
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Runs ``function`` on the engine thread, between batches."""
@@ -519,7 +527,7 @@ class Engine:
         return ReplyState(self.applied_offset, version, scores.level, scores.reasons, age_ms, quality)
 
 
-def _waiting_for(groups: Iterable[list[Committed]]) -> list[Future[Any]]:
+def _waiting_for(groups: Iterable[list[Committed]]) -> list[Answer]:
     return [c.submission.done for group in groups for c in group if c.submission is not None]
 
 

@@ -17,7 +17,7 @@ from loadtest.bench.fill import fill, wait_until_scored
 from loadtest.bench.load import Ask
 from loadtest.processes import Server, cpu_seconds, start_server
 
-OURS, CONSTANT, TEXTBOOK, TEXTBOOK_MMR = "ours", "constant", "textbook", "textbook_mmr"
+OURS, CONSTANT, THREADS, TEXTBOOK, TEXTBOOK_MMR = "ours", "constant", "constant_threads", "textbook", "textbook_mmr"
 OLDEST_MS = 7_200_000
 """Starts are spread over two hours: if every stream were fresh, each tick of ours would do the work of a mass start."""
 OUR_DIVERSITY = 0.15
@@ -70,7 +70,8 @@ def our_settings(streams: int) -> dict[str, dict[str, object]]:
 
 @contextmanager
 def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str, Contestant]]:
-    """Ours, the constant reply, and the textbook server without and with MMR; all stopped in the end.
+    """Ours, the constant reply on our transport and on grpcio's own, and the textbook server without and with MMR;
+    all stopped in the end.
 
     Args:
         sample: a serialised RankRequest; our reply to it is the constant one.
@@ -84,7 +85,8 @@ def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str,
         started = {OURS: ours}
         n = ("--streams", str(streams))
         for name, module, arguments in (
-            (CONSTANT, "loadtest.bench.constant", ("--reply-file", str(reply_file))),
+            (CONSTANT, "loadtest.bench.constant", ("--reply-file", str(reply_file), "--transport", "direct")),
+            (THREADS, "loadtest.bench.constant", ("--reply-file", str(reply_file), "--transport", "threads")),
             (TEXTBOOK, "loadtest.bench.textbook", n),
             (TEXTBOOK_MMR, "loadtest.bench.textbook", (*n, "--diversity", str(OUR_DIVERSITY))),
         ):

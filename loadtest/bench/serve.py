@@ -4,7 +4,8 @@ Every figure compares servers within one run: in each round one after the other 
 the others' processes stopped meanwhile; ratios are taken per round, and medians over rounds reported. Load comes
 from this process, which shares the cores with the server under test: on a small machine replies per second and
 latencies are those of both, CPU per reply is the server's alone (/proc).
-Floor: the constant reply. ceiling_cpu_ratio 1.0 cannot be beaten on this transport.
+Floor: the constant reply on the same transport (`server/rpc/direct.py`); ceiling_cpu_ratio 1.0 cannot be beaten on it.
+threads_cpu_ratio compares with a constant reply from grpcio's own synchronous server, which everybody else would use.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.bench.catalogue import as_batches, as_bytes, rank_requests
-from loadtest.bench.contestants import CONSTANT, OURS, TEXTBOOK, TEXTBOOK_MMR, Contestant, contestants
+from loadtest.bench.contestants import CONSTANT, OURS, TEXTBOOK, TEXTBOOK_MMR, THREADS, Contestant, contestants
 from loadtest.bench.load import Ask, LoadReport, closed_loop
 from loadtest.bench.openloop import open_loop
 from loadtest.bench.serve_report import print_result
@@ -102,7 +103,7 @@ def run_serve(plan: Plan = DEFAULT) -> int:
 
 def _rank(servers: dict[str, Contestant], requests: list[bytes], n: int, c: int, plan: Plan) -> dict[str, Any]:
     """One cell of the grid. The textbook server with MMR takes part in the headline cell only."""
-    names = [OURS, CONSTANT, TEXTBOOK, *([TEXTBOOK_MMR] if (n, c) == plan.headline else [])]
+    names = [OURS, CONSTANT, THREADS, TEXTBOOK, *([TEXTBOOK_MMR] if (n, c) == plan.headline else [])]
     turns: dict[str, list[Turn]] = {name: [] for name in names}
     for _ in range(plan.rounds):
         for name in names:
@@ -110,6 +111,7 @@ def _rank(servers: dict[str, Contestant], requests: list[bytes], n: int, c: int,
     row: dict[str, Any] = {"streams": n, "concurrency": c}
     row |= {name: _summary(turns[name]) for name in names}
     row["ceiling_cpu_ratio"] = _ratio(turns[OURS], turns[CONSTANT])
+    row["threads_cpu_ratio"] = _ratio(turns[OURS], turns[THREADS])
     row["speedup"] = _ratio(turns[TEXTBOOK], turns[OURS])
     if TEXTBOOK_MMR in turns:
         row["speedup_mmr"] = _ratio(turns[TEXTBOOK_MMR], turns[OURS])
@@ -186,7 +188,7 @@ def _result(
     own_pace = open_rows[0]
     errors = sum(
         sum(part["errors"].values())
-        for part in [*(r[k] for r in rows for k in (OURS, CONSTANT, TEXTBOOK)), *batches, *open_rows]
+        for part in [*(r[k] for r in rows for k in (OURS, CONSTANT, THREADS, TEXTBOOK)), *batches, *open_rows]
     )
     return {
         "bench": "serve",
@@ -202,6 +204,9 @@ def _result(
         "ceiling_rps": ceiling["rps"],
         "ceiling_cpu_ms_per_reply": ceiling["cpu_ms_per_reply"],
         "ceiling_cpu_ratio": row["ceiling_cpu_ratio"],
+        "threads_rps": row[THREADS]["rps"],
+        "threads_cpu_ms_per_reply": row[THREADS]["cpu_ms_per_reply"],
+        "threads_cpu_ratio": row["threads_cpu_ratio"],
         "textbook_rps": textbook["rps"],
         "textbook_cpu_ms_per_reply": textbook["cpu_ms_per_reply"],
         "speedup": row["speedup"],

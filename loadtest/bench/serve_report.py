@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.bench.contestants import CONSTANT, OURS, TEXTBOOK
+from loadtest.bench.contestants import CONSTANT, OURS, TEXTBOOK, THREADS
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ def print_result(result: dict[str, Any]) -> None:
 def _grid(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="Rank, 50 results, viewer embedding, one in three filtered; closed loop, servers taking turns")
     for title in (
-        "live", "callers", "ours/s", "CPU", "p50", "p99", "ceiling/s", "CPU", "ours ÷ ceiling",
+        "live", "callers", "ours/s", "CPU", "p50", "p99", "ceiling/s", "CPU", "ours ÷ ceiling", "grpcio's", "ours ÷ it",
         "textbook/s", "CPU", "p50", "p99", "textbook ÷ ours", "with MMR",
     ):  # fmt: skip
         table.add_column(title, justify="right")
@@ -38,6 +38,7 @@ def _grid(rows: list[dict[str, Any]]) -> Table:
             f"{row['streams']:,}", str(row["concurrency"]),
             f"{ours['rps']:,}", f"{ours['cpu_ms_per_reply']:.3f}", f"{ours['p50_ms']:.1f}", f"{ours['p99_ms']:.1f}",
             f"{ceiling['rps']:,}", f"{ceiling['cpu_ms_per_reply']:.3f}", f"{row['ceiling_cpu_ratio']:.2f}",
+            f"{row[THREADS]['cpu_ms_per_reply']:.3f}", f"{row['threads_cpu_ratio']:.2f}",
             f"{textbook['rps']:,}", f"{textbook['cpu_ms_per_reply']:.3f}",
             f"{textbook['p50_ms']:.1f}", f"{textbook['p99_ms']:.1f}", f"{row['speedup']:.2f}",
             f"{row['speedup_mmr']:.2f}" if "speedup_mmr" in row else "",

@@ -6,8 +6,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -17,9 +16,8 @@ from server.batching.base import Priority, Waiting
 from server.config import AdmissionSettings
 from server.errors import Overloaded
 
-LOOKED_AT_ALONE, LOOKED_AT_AMONG_SEVERAL = 16, 2
-"""One in so many calls over the limit is let through to where its client is known."""
-JUDGED_AT_ONCE = 8
+ROOM_FOR_OTHERS = 8
+"""Places beyond the limit for clients that have less than their share."""
 MIN_RETRY_MS, MAX_RETRY_MS = 25, 10_000
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -62,8 +60,7 @@ class Admission:
         )
         self._lock = threading.Lock()
         self._clients: Counter[str] = Counter()  # calls in hand, by client
-        self._in_hand = 0
-        self._over_limit = 0
+        self._in_hand = dict.fromkeys(Priority, 0)
         self._refused = 0
         self._rates = _Rates(clock)
 
@@ -79,56 +76,50 @@ class Admission:
 
     # --- at the edge --------------------------------------------------------------------------
 
-    def refuse_unseen(self, priority: Priority, pending: dict[Priority, int]) -> Overloaded | None:
-        """Decides over a call of which nothing but the priority is known; None lets it in.
+    def enter(self, client: str, priority: Priority) -> None:
+        """Lets a call in, which `leave`s when it is over.
 
-        Args:
-            pending: calls in the server by priority, this one left out.
-        """
-        interactive = pending[Priority.INTERACTIVE]
-        with self._lock:
-            self._limit.in_flight(interactive + (priority is Priority.INTERACTIVE))
-            waiting = pending[priority]
-            if waiting >= self._most_calls:
-                return self._shed(ShedReason.QUEUE_FULL, priority, f"{waiting} calls are already waiting", waiting)
-            if priority is Priority.BATCH:
-                if interactive < self._limit.value / 2 or not self._quality.at_floor:
-                    return None
-                return self._shed(ShedReason.BATCH_FIRST, priority, "interactive requests take all there is", waiting)
-            if interactive < self.limit:
-                return None
-            if not self._quality.at_floor:
-                self._quality.answered(0, 1)  # it will be late; by the time that is measured, hundreds more came
-                return None
-            self._over_limit += 1
-            every = LOOKED_AT_AMONG_SEVERAL if len(self._clients) > 1 else LOOKED_AT_ALONE
-            if self._over_limit % every == 0 and interactive < self.limit + JUDGED_AT_ONCE:
-                return None
-            return self._shed(ShedReason.LIMIT, priority, f"{waiting} requests are in the server already", waiting)
-
-    @contextmanager
-    def place(self, client: str, priority: Priority) -> Iterator[None]:
-        """Holds an interactive client's place while its call is in hand.
+        Over the limit a client with less than its share of the places still gets one, so that a flood of one
+        does not shut the others out.
 
         Raises:
-            Overloaded: the limit is reached, and the client has its share of it, or more, in the server.
+            Overloaded: turned away.
         """
-        if priority is not Priority.INTERACTIVE:
-            yield
-            return
         with self._lock:
-            mine = self._clients[client]
-            share = self._limit.value / (len(self._clients) + (mine == 0))
-            if self._quality.at_floor and self._in_hand >= self.limit and mine >= share:
-                why = f"{mine} requests of this client are in the server already"
-                raise self._shed(ShedReason.CLIENT_SHARE, priority, why, self._in_hand)
-            self._clients[client] += 1
-            self._in_hand += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._in_hand -= 1
+            interactive, waiting = self._in_hand[Priority.INTERACTIVE], self._in_hand[priority]
+            self._limit.in_flight(interactive + (priority is Priority.INTERACTIVE))
+            if waiting >= self._most_calls:
+                raise self._shed(ShedReason.QUEUE_FULL, priority, f"{waiting} calls are already waiting", waiting)
+            if priority is Priority.BATCH:
+                if interactive >= self._limit.value / 2 and self._quality.at_floor:
+                    why = "interactive requests take all there is"
+                    raise self._shed(ShedReason.BATCH_FIRST, priority, why, waiting)
+            elif interactive >= self.limit:
+                if self._quality.at_floor:
+                    self._check_share(client, interactive)
+                else:
+                    self._quality.answered(0, 1)  # it will be late; once that is measured, hundreds more will have come
+            self._in_hand[priority] += 1
+            if priority is Priority.INTERACTIVE:
+                self._clients[client] += 1
+
+    def _check_share(self, client: str, interactive: int) -> None:
+        mine = self._clients.get(client, 0)
+        share = self._limit.value / (len(self._clients) + (mine == 0))
+        if mine < share and interactive < self.limit + ROOM_FOR_OTHERS:
+            return
+        several = len(self._clients) > (mine > 0)
+        if several and mine >= share:
+            why = f"{mine} requests of this client are in the server already"
+            raise self._shed(ShedReason.CLIENT_SHARE, Priority.INTERACTIVE, why, interactive)
+        why = f"{interactive} requests are in the server already"
+        raise self._shed(ShedReason.LIMIT, Priority.INTERACTIVE, why, interactive)
+
+    def leave(self, client: str, priority: Priority) -> None:
+        """A call that entered is over."""
+        with self._lock:
+            self._in_hand[priority] -= 1
+            if priority is Priority.INTERACTIVE:
                 self._clients[client] -= 1
                 if not self._clients[client]:
                     del self._clients[client]

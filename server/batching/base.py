@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -16,6 +15,24 @@ class Priority(IntEnum):
 
     INTERACTIVE = 0
     BATCH = 1
+
+
+class Answer(Protocol):
+    """Who waits for replies: a `concurrent.futures.Future`, or what stands for a call on the wire. Thread-safe."""
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Work begins; False when nobody waits any more."""
+
+    def cancel(self) -> bool:
+        """Nobody waits any more; True if work had not begun."""
+
+    def cancelled(self) -> bool: ...
+
+    def done(self) -> bool: ...
+
+    def set_result(self, result: Any, /) -> None: ...
+
+    def set_exception(self, error: BaseException, /) -> None: ...
 
 
 @dataclass(eq=False)
@@ -34,7 +51,7 @@ class Waiting(Generic[T]):
     arrived_s: float
     deadline_s: float
     min_offset: int
-    done: Future[Any]
+    done: Answer
     gone: bool = field(default=False, init=False)
     """It left the queue; owned by the queue."""
 

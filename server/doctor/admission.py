@@ -13,8 +13,8 @@ def admission(context: Context) -> Iterator[Finding]:
     contradictions = {
         f"target_wait_ms ({told.target_wait_ms}) is not below target_ms ({told.target_ms}): requests that wait as long "
         "as the limit aims for miss the target": told.target_wait_ms >= told.target_ms,
-        f"min_limit ({told.min_limit}) is not below serve.rank_threads ({serve.rank_threads}): the limit can never "
-        "fall, so nothing keeps the wait at its target": told.min_limit >= serve.rank_threads,
+        f"min_limit ({told.min_limit}) is not below serve.max_rank_calls ({serve.max_rank_calls}): the limit can never "
+        "fall, so nothing keeps the wait at its target": told.min_limit >= serve.max_rank_calls,
         f"min_limit ({told.min_limit}) is above serve.max_queue_rows ({serve.max_queue_rows}): what is always let in "
         "is turned away by the queue": told.min_limit > serve.max_queue_rows,
         f"serve.batch_window_us ({serve.batch_window_us}) is longer than target_wait_ms ({told.target_wait_ms}): "

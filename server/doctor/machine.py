@@ -85,7 +85,7 @@ def open_files(context: Context) -> Iterator[Finding]:
         yield ok("machine.open_files", "no limit")
         return
     serve = context.settings.serve
-    least = serve.max_open_streams + serve.rank_threads + OPEN_FILES_OF_ITS_OWN
+    least = serve.max_open_streams + serve.max_rank_calls + OPEN_FILES_OF_ITS_OWN
     told = f"{soft} open files allowed (could be raised to {hard})"
     mend = f"Raise the limit, such as `ulimit -n {max(65_536, least)}` or LimitNOFILE= of the service."
     if soft < least:

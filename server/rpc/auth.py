@@ -10,6 +10,7 @@ import grpc
 
 from server.errors import InvalidRequest, LiverankError
 from server.recorder import Recorder
+from server.rpc.direct import Call
 from server.rpc.status import refuse, status_of
 from server.security.access import ANYBODY, Identity
 from server.security.gate import Gate, Grant
@@ -69,13 +70,9 @@ class Gatekeeper(grpc.ServerInterceptor):
         def call(payload: bytes, context: grpc.ServicerContext) -> Any:
             identity = None
             try:
-                identity = gate.identify(
-                    access, _authorization(context), lambda: _certificate_names(context), context.peer
-                )
+                identity = identify(gate, access, context)
                 gate.allow(identity, access)
                 request = parse(payload)
-                if access.name == "RankBatch" and len(request.requests) > 1:
-                    gate.charge_more(identity, len(request.requests) - 1)
             except LiverankError as error:
                 if access.audited and identity is not None:  # without credentials nobody can fill the audit log
                     self._audit(identity, access, context, status_of(error).name, None, str(error))
@@ -159,7 +156,12 @@ class Gatekeeper(grpc.ServerInterceptor):
         self._gate.audit.write(identity.name, access.method.lstrip("/"), outcome, fields)
 
 
-def _authorization(context: grpc.ServicerContext) -> str | None:
+def identify(gate: Gate, access: Access, call: grpc.ServicerContext | Call) -> Identity:
+    """Who makes the call. Raises Unauthenticated, RateLimited."""
+    return gate.identify(access, _authorization(call), lambda: _certificate_names(call), call.peer)
+
+
+def _authorization(context: grpc.ServicerContext | Call) -> str | None:
     found = None
     for key, value in context.invocation_metadata() or ():
         if key == "authorization":
@@ -169,7 +171,7 @@ def _authorization(context: grpc.ServicerContext) -> str | None:
     return found
 
 
-def _certificate_names(context: grpc.ServicerContext) -> list[str]:
+def _certificate_names(context: grpc.ServicerContext | Call) -> list[str]:
     """Subject alternative names of the client's verified certificate; its common name if it has none."""
     return [name.decode(errors="replace") for name in context.peer_identities() or ()]
 

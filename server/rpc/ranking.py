@@ -1,14 +1,14 @@
-"""Ranking: Rank, RankBatch, Explain."""
+"""Ranking: Rank, RankBatch, Explain. Decodes, queues for the engine; its thread sends the bytes it has made."""
 
 from __future__ import annotations
 
+import threading
 import time
-from concurrent.futures import CancelledError, Future, TimeoutError
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
 from typing import Any
 
 import grpc
 from liverank.v1 import ranking_pb2 as pb
-from liverank.v1 import ranking_pb2_grpc as pb_grpc
 
 from kernels.wire import frame_messages
 from server.batching.base import Priority
@@ -16,45 +16,71 @@ from server.engine import Engine
 from server.errors import InvalidRequest, NotFound
 from server.ranking.explain import Explanation, explain
 from server.recorder import Recorder
-from server.rpc.admission import arrival
 from server.rpc.decode import check_stream_id, decode_rank
-from server.rpc.status import CallerGone, guarded
+from server.rpc.direct import Call, DirectMethod, Refusal
+from server.rpc.status import CallerGone, verdict
+from server.rpc.turnstile import Turnstile
+from server.security.access import Identity
+from server.security.gate import Gate
 
 DEFAULT_DEADLINE_S = 30.0
 MAX_BATCH_VIEWERS = 4_096
 LEAST_STREAM_BYTES = 40
 """A ranked stream of a reply takes more, even with an id of one byte."""
+BATCH_THREADS = 8
+_GONE = Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "the caller stopped waiting")
 
 
-class RankingService(pb_grpc.RankingServicer):
-    """Decodes, queues for the engine, and returns the bytes it gets back."""
+class RankingService:
+    """Nothing waits here: what is queued knows which call it answers."""
 
-    def __init__(self, engine: Engine, recorder: Recorder) -> None:
-        self._engine, self.recorder = engine, recorder
+    def __init__(self, engine: Engine, gate: Gate, recorder: Recorder) -> None:
+        self._engine, self._gate, self._recorder = engine, gate, recorder
+        # Thousands of viewers take tens of milliseconds to decode, and Explain waits for the engine.
+        self._pool = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="rank-batch")
 
-    @guarded
-    def Rank(self, request: pb.RankRequest, context: grpc.ServicerContext) -> bytes:
-        deadline_s, came, client = _deadline_s(context), arrival(), context.peer()
-        with self._engine.admission.place(client, came.priority):
-            query = decode_rank(request, self._engine.settings, self._engine.streams.book.surfaces, deadline_s)
-            waiting = self._engine.rank([query], client, came.priority, came.arrived_s)
-            return _await_all(waiting, deadline_s)[0]
+    def methods(self) -> dict[str, DirectMethod]:
+        """All methods of the service, by full name."""
+        turnstile = Turnstile(self._engine.admission, self._gate, self._recorder)
+        service = "/" + pb.DESCRIPTOR.services_by_name["Ranking"].full_name
+        return {
+            path: turnstile.method(path, parse, handler, pool)
+            for path, parse, handler, pool in (
+                (f"{service}/Rank", pb.RankRequest.FromString, self._rank, None),
+                (f"{service}/RankBatch", pb.RankBatchRequest.FromString, self._rank_batch, self._pool),
+                (f"{service}/Explain", pb.ExplainRequest.FromString, self._explain, self._pool),
+            )
+        }
 
-    @guarded
-    def RankBatch(self, request: pb.RankBatchRequest, context: grpc.ServicerContext) -> bytes:
-        deadline_s = _deadline_s(context)
-        if len(request.requests) > MAX_BATCH_VIEWERS:
-            raise InvalidRequest("requests", f"at most {MAX_BATCH_VIEWERS} allowed, got {len(request.requests)}")
-        if not request.requests:
-            return b""
-        surfaces = self._engine.streams.book.surfaces
+    def close(self) -> None:
+        """Lets the threads end."""
+        self._pool.shutdown(wait=False)
+
+    def _rank(self, request: pb.RankRequest, call: Call, priority: Priority, _: Identity) -> None:
+        engine = self._engine
+        query = decode_rank(request, engine.settings, engine.streams.book.surfaces, _deadline_s(call))
+        answer = RankAnswer(call, self._recorder)
+        engine.rank([query], call.peer(), priority, call.arrived_s, lambda: answer)
+        call.on_gone = answer.cancel
+
+    def _rank_batch(self, request: pb.RankBatchRequest, call: Call, priority: Priority, identity: Identity) -> None:
+        requests = request.requests
+        if len(requests) > 1:
+            self._gate.charge_more(identity, len(requests) - 1)
+        if len(requests) > MAX_BATCH_VIEWERS:
+            raise InvalidRequest("requests", f"at most {MAX_BATCH_VIEWERS} allowed, got {len(requests)}")
+        if not requests:
+            call.reply(b"")
+            return
+        deadline_s, surfaces = _deadline_s(call), self._engine.streams.book.surfaces
         queries = [
             decode_rank(one, self._engine.settings, surfaces, deadline_s, f"requests[{i}].")
-            for i, one in enumerate(request.requests)
+            for i, one in enumerate(requests)
         ]
         self._check_size([query.limit for query in queries])
-        waiting = self._engine.rank(queries, context.peer(), Priority.BATCH, arrival().arrived_s)
-        return frame_messages(_await_all(waiting, deadline_s))
+        parts = self._engine.rank(queries, call.peer(), priority, call.arrived_s)
+        call.on_gone = lambda: _cancel(parts)
+        _answer_when_done(parts, call, self._recorder)
 
     def _check_size(self, limits: list[int]) -> None:
         """Refuses before the work what certainly could not be sent after it."""
@@ -64,9 +90,8 @@ class RankingService(pb_grpc.RankingServicer):
                 "requests", f"limits of {sum(limits)} streams in all; at most {most} fit a reply of max_message_bytes"
             )
 
-    @guarded
-    def Explain(self, request: pb.ExplainRequest, context: grpc.ServicerContext) -> pb.ExplainResponse:
-        deadline_s = _deadline_s(context)
+    def _explain(self, request: pb.ExplainRequest, call: Call, _: Priority, __: Identity) -> None:
+        deadline_s = _deadline_s(call)
         check_stream_id("stream_id", request.stream_id)
         surfaces = self._engine.streams.book.surfaces
         query = decode_rank(request.request, self._engine.settings, surfaces, deadline_s, "request.")
@@ -80,7 +105,76 @@ class RankingService(pb_grpc.RankingServicer):
         found = _await(engine.call(ask), deadline_s)
         if found is None:
             raise NotFound(f"stream_id: {request.stream_id!r} was never started here, or is forgotten")
-        return _explanation(request.stream_id, found)
+        call.reply(_explanation(request.stream_id, found).SerializeToString())
+
+
+class RankAnswer:
+    """Where the engine leaves the reply to one call of Rank (`server.batching.base.Answer`): on the wire."""
+
+    __slots__ = ("_call", "_lock", "_recorder", "_running", "_stopped")
+
+    def __init__(self, call: Call, recorder: Recorder) -> None:
+        self._call, self._recorder = call, recorder
+        self._lock = threading.Lock()
+        self._running = self._stopped = False
+
+    def set_running_or_notify_cancel(self) -> bool:
+        with self._lock:
+            self._running = not self._stopped
+            return self._running
+
+    def cancel(self) -> bool:
+        """Its deadline passed, or its caller is gone."""
+        with self._lock:
+            if self._running or self._stopped:
+                return False
+            self._stopped = True
+        self._call.refuse(_GONE)  # nobody may be there to hear it
+        self._recorder.refused("Rank", _GONE.code.name)
+        return True
+
+    def cancelled(self) -> bool:
+        return self._stopped
+
+    def done(self) -> bool:
+        return self._call.ended
+
+    def set_result(self, replies: list[bytes], /) -> None:
+        self._call.reply(replies[0])
+
+    def set_exception(self, error: BaseException, /) -> None:
+        if not isinstance(error, Exception):
+            raise error
+        self._call.refuse(verdict(self._recorder, "Rank", error))
+
+
+def _answer_when_done(parts: list[Future[list[bytes]]], call: Call, recorder: Recorder) -> None:
+    """Replies once all parts are there, in order; when one fails, the others are not worked on any more."""
+    waiting, lock = len(parts), threading.Lock()
+
+    def finished(part: Future[list[bytes]]) -> None:
+        nonlocal waiting
+        error = CallerGone() if part.cancelled() else part.exception()
+        if isinstance(error, Exception):
+            with lock:
+                first, waiting = waiting > 0, 0
+            if first:
+                _cancel(parts)
+                call.refuse(verdict(recorder, "RankBatch", error))
+            return
+        with lock:
+            waiting -= 1
+            last = waiting == 0
+        if last:
+            call.reply(frame_messages([reply for one in parts for reply in one.result()]))
+
+    for part in parts:
+        part.add_done_callback(finished)
+
+
+def _cancel(parts: list[Future[list[bytes]]]) -> None:
+    for part in parts:
+        part.cancel()
 
 
 def _explanation(stream_id: str, found: Explanation) -> pb.ExplainResponse:
@@ -105,19 +199,8 @@ def _explanation(stream_id: str, found: Explanation) -> pb.ExplainResponse:
     )
 
 
-def _deadline_s(context: grpc.ServicerContext) -> float:
-    left_s = context.time_remaining()
-    return time.monotonic() + (DEFAULT_DEADLINE_S if left_s is None else min(left_s, DEFAULT_DEADLINE_S))
-
-
-def _await_all(parts: list[Future[list[bytes]]], deadline_s: float) -> list[bytes]:
-    """All replies in order; when one part fails, the others are not worked on any more."""
-    try:
-        return [reply for part in parts for reply in _await(part, deadline_s)]
-    except BaseException:
-        for part in parts:
-            part.cancel()
-        raise
+def _deadline_s(call: Call) -> float:
+    return time.monotonic() + min(call.time_remaining(), DEFAULT_DEADLINE_S)
 
 
 def _await(done: Future[Any], deadline_s: float) -> Any:

@@ -29,6 +29,7 @@ from server.errors import (
     Unauthenticated,
 )
 from server.recorder import Recorder
+from server.rpc.direct import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -94,17 +95,25 @@ def guarded_stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Iterat
 
 def refuse(recorder: Recorder, method: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
     """Ends the call with the error's status, counted; never returns."""
+    refusal = verdict(recorder, method, error)
+    if refusal.trailing:
+        context.set_trailing_metadata(refusal.trailing)
+    context.abort(refusal.code, refusal.details)
+    raise AssertionError("abort raises")
+
+
+def verdict(recorder: Recorder, method: str, error: Exception) -> Refusal:
+    """The status that an error ends a call with; counted, and logged if it was not meant to happen."""
     if isinstance(error, LiverankError):
         code, message = status_of(error), str(error)
     elif isinstance(error, CallerGone):
         code, message = grpc.StatusCode.DEADLINE_EXCEEDED, "the caller stopped waiting"
     else:
-        logger.exception("unexpected fault in %s", method)
+        logger.error("unexpected fault in %s", method, exc_info=error)
         code, message = grpc.StatusCode.INTERNAL, f"{method}: internal fault; see the server's log"
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        retry_ms = error.retry_ms if isinstance(error, Overloaded) else RETRY_MS
-        context.set_trailing_metadata((("grpc-retry-pushback-ms", str(retry_ms)),))
     recorder.refused(method, code.name)
     logger.debug("%s: %s: %s", method, code.name, message)  # messages repeat no viewer id and no token
-    context.abort(code, message)
-    raise AssertionError("abort raises")
+    if code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Refusal(code, message)
+    retry_ms = error.retry_ms if isinstance(error, Overloaded) else RETRY_MS
+    return Refusal(code, message, (("grpc-retry-pushback-ms", str(retry_ms)),))

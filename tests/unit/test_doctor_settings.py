@@ -257,7 +257,7 @@ def test_with_kafka_the_sqlite_file_is_nobodys_business_and_the_brokers_are_aske
     ("sections", "told"),
     [
         ({"admission": {"target_wait_ms": 200}}, "target_wait_ms"),
-        ({"admission": {"min_limit": 200}}, "serve.rank_threads"),
+        ({"admission": {"min_limit": 300}}, "serve.max_rank_calls"),
         ({"serve": {"max_queue_rows": 4}}, "serve.max_queue_rows"),
         ({"serve": {"batch_window_us": 9_000}, "admission": {"target_wait_ms": 5}}, "batch_window_us"),
         ({"rank": {"min_budget_ms": 300}}, "min_budget_ms"),
