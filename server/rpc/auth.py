@@ -162,10 +162,10 @@ def identify(gate: Gate, access: Access, call: grpc.ServicerContext | Call) -> I
 
 
 def _authorization(context: grpc.ServicerContext | Call) -> str | None:
-    found = None
+    found: str | None = None
     for key, value in context.invocation_metadata() or ():
         if key == "authorization":
-            if found is not None:
+            if found is not None or not isinstance(value, str):
                 return ""  # two of them: which one counts must not be a matter of taste
             found = value
     return found

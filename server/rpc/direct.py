@@ -34,6 +34,13 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _NO_FLAGS = 0
+_WANTED_OF_SERVER = (
+    "_process_event_and_continue",
+    "_request_call",
+    "_request_registered_call",
+    "_REQUEST_CALL_TAG",
+    "_ServerStage",
+)
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
@@ -75,7 +82,7 @@ class Call:
         self.ended = self._gone = False
         """ended: it was answered, or nobody waits any more."""
         self.priority = Priority.INTERACTIVE
-        self.on_gone: Callable[[], None] | None = None
+        self.on_gone: Callable[[], object] | None = None
         """Told, at most once, that nobody waits for an answer any more: cancelled, or past the deadline."""
         self.left: Callable[[], None] | None = None
         """Told once, when the call was answered or its caller is gone."""
@@ -205,13 +212,13 @@ class DirectServer:
         self._server, self._methods = server, {name.encode(): method for name, method in methods.items()}
         wanted: tuple[tuple[object, str], ...] = (
             (server, "_state"),
-            *((stock, name) for name in ("_process_event_and_continue", "_request_call", "_request_registered_call", "_REQUEST_CALL_TAG")),
+            *((stock, name) for name in _WANTED_OF_SERVER),
             *((cygrpc, name) for name in ("SendMessageOperation", "ReceiveCloseOnServerOperation", "CompletionType")),
         )
         missing = [name for owner, name in wanted if not hasattr(owner, name)]
         if missing:
             raise ConfigError(f"grpcio {grpc.__version__}: not a version that this server can use: no {missing[0]}")
-        self._state: Any = server._state  # type: ignore[attr-defined]
+        self._state: Any = server._state
 
     def start(self) -> None:
         """Instead of the server's own."""

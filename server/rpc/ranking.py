@@ -78,7 +78,7 @@ class RankingService:
             for i, one in enumerate(requests)
         ]
         self._check_size([query.limit for query in queries])
-        parts = self._engine.rank(queries, call.peer(), priority, call.arrived_s)
+        parts: list[Future[list[bytes]]] = self._engine.rank(queries, call.peer(), priority, call.arrived_s)
         call.on_gone = lambda: _cancel(parts)
         _answer_when_done(parts, call, self._recorder)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.admission.gate import ROOM_FOR_OTHERS, MAX_RETRY_MS, MIN_RETRY_MS, Admission, ShedReason
+from server.admission.gate import MAX_RETRY_MS, MIN_RETRY_MS, ROOM_FOR_OTHERS, Admission, ShedReason
 from server.admission.limit import ROUND_MS, AdaptiveLimit
 from server.admission.quality import QualityFactor
 from server.batching.base import Priority, Waiting
