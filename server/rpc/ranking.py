@@ -80,6 +80,8 @@ class RankingService:
         self._check_size([query.limit for query in queries])
         parts: list[Future[list[bytes]]] = self._engine.rank(queries, call.peer(), priority, call.arrived_s)
         call.on_gone = lambda: _cancel(parts)
+        if call.ended:  # it left in between
+            _cancel(parts)
         _answer_when_done(parts, call, self._recorder)
 
     def _check_size(self, limits: list[int]) -> None:
