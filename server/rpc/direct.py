@@ -141,8 +141,8 @@ class Call:
                 return
             self.ended = True
             self._due += 1
+        self._leave()  # first: who has the answer may ask again at once
         self._core.start_server_batch(operations, self._finished)
-        self._leave()
 
     def _leave(self) -> None:
         left, self.left = self.left, None
