@@ -120,7 +120,11 @@ def _count(name: str, count: int) -> float:
 
 def norm_problem(embedding: NDArray[np.float32]) -> str:
     """What is wrong with the length of a finite vector float32[D]; "" when nothing is. All zero is allowed."""
-    norm = float(np.linalg.norm(embedding.astype(np.float64)))
+    return length_problem(float(np.linalg.norm(embedding.astype(np.float64))))
+
+
+def length_problem(norm: float) -> str:
+    """What is wrong with an embedding of this length; "" when nothing is."""
     if norm == 0.0 or LEAST_NORM <= norm <= MOST_NORM:
         return ""
     return f"a length of 0, or from {LEAST_NORM:g} to {MOST_NORM:g}, wanted, got {norm:g}"

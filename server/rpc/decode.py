@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -10,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.idmap import ID_BYTES
+from kernels.unit import to_unit
 from server.config import Settings
 from server.errors import InvalidRequest
-from server.live.events import norm_problem
-from server.live.table import unit
+from server.live.events import length_problem
 from server.retrieval.query import RankQuery
 
 MAX_NAMES = 1_000
@@ -32,22 +33,24 @@ def decode_rank(
     Raises:
         InvalidRequest: names the field and what is allowed.
     """
-    for name in ("request_id", "viewer_id", "region", "surface"):
-        check_short(where + name, getattr(request, name))
+    request_id, viewer_id, region = request.request_id, request.viewer_id, request.region
     surface = request.surface or "default"
+    if len(request_id) + len(viewer_id) + len(region) + len(surface) > ID_BYTES // 4:  # 4 bytes at most per character
+        for name in ("request_id", "viewer_id", "region", "surface"):
+            check_short(where + name, getattr(request, name))
     if surface not in surfaces:
         raise InvalidRequest(f"{where}surface", f"one of {', '.join(sorted(surfaces))} wanted, got {surface!r}")
     limit = request.limit or settings.rank.default_limit
     return RankQuery(
-        request_id=request.request_id,
-        viewer_id=request.viewer_id,
+        request_id=request_id,
+        viewer_id=viewer_id,
         embedding=_embedding(request, settings.table.embedding_dim, where),
         surface=surface,
         limit=min(limit, settings.rank.max_limit),
         limit_clamped=limit > settings.rank.max_limit,
         languages=_names(f"{where}languages", request.languages, MAX_FILTERS),
         categories=_names(f"{where}categories", request.categories, MAX_FILTERS),
-        region=request.region,
+        region=region,
         followed_creator_ids=_names(f"{where}followed_creator_ids", request.followed_creator_ids, MAX_NAMES),
         exclude_stream_ids=_names(f"{where}exclude_stream_ids", request.exclude_stream_ids, MAX_NAMES),
         min_offset=request.min_offset,
@@ -64,21 +67,23 @@ def check_stream_id(field: str, stream_id: str) -> None:
 
 def _embedding(request: Any, dim: int, where: str) -> NDArray[np.float32] | None:
     """The viewer's embedding at unit length, float32[D]; None when not given (or all zero)."""
-    if not len(request.viewer_embedding):
+    values = request.viewer_embedding
+    if not values:
         return None
-    if len(request.viewer_embedding) != dim:
-        raise InvalidRequest(
-            f"{where}viewer_embedding", f"0 or {dim} floats wanted, got {len(request.viewer_embedding)}"
-        )
-    embedding = np.array(request.viewer_embedding, dtype=np.float32)
-    if not np.isfinite(embedding).all():
+    if len(values) != dim:
+        raise InvalidRequest(f"{where}viewer_embedding", f"0 or {dim} floats wanted, got {len(values)}")
+    embedding = np.fromiter(values, np.float32, dim)
+    norm = to_unit(embedding)
+    if not math.isfinite(norm):
         raise InvalidRequest(f"{where}viewer_embedding", "finite floats wanted, got NaN or infinity")
-    if problem := norm_problem(embedding):
+    if problem := length_problem(norm):
         raise InvalidRequest(f"{where}viewer_embedding", problem)
-    return unit(embedding)
+    return embedding
 
 
 def _names(field: str, names: Any, most: int) -> tuple[str, ...]:
+    if not names:
+        return ()
     if len(names) > most:
         raise InvalidRequest(field, f"at most {most} allowed, got {len(names)}")
     for i, name in enumerate(names):
