@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import resource
-import signal
 import sys
-import threading
 from pathlib import Path
 
 from loadtest import arguments as loadtest_arguments  # argparse only
-from server.clock import SystemClock
 from server.config import load_settings
-from server.errors import ConfigError, Draining, LiverankError
+from server.errors import ConfigError, LiverankError
 
 BENCHES = ("faults", "first", "gpu", "kernels", "liveness", "overload", "recovery", "serve")
 
@@ -30,6 +25,16 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--ready-file", type=Path, help="written with the bound ports, as JSON, once serving")
 
     serve.add_argument("--log-level", choices=["debug", "info", "warning"], default="info")
+
+    for name in ("engine", "edge"):  # what `serve` with edges starts; not for people, so not listed
+        part = commands.add_parser(name)
+        part.add_argument("--config", type=Path)
+        part.add_argument("--ready-file", type=Path)
+        part.add_argument("--log-level", default="info")
+        part.add_argument("--folder", type=Path)
+        if name == "edge":
+            part.add_argument("--number", type=int)
+            part.add_argument("--port", type=int)
 
     from server.security.command import add_arguments
 
@@ -110,8 +115,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     """Imports only what the command needs."""
-    if options.command == "serve":
-        return _serve(options.config, options.ready_file)
+    if options.command in ("serve", "engine", "edge"):
+        from server import serving
+
+        if options.command == "serve":
+            return serving.serve(options.config, options.ready_file, options.log_level)
+        if options.command == "engine":
+            return serving.serve_engine(options.config, options.ready_file, options.folder)
+        return serving.serve_edge(options.config, options.ready_file, options.folder, options.number, options.port)
     if options.command == "token":
         from server.security.command import run_token
 
@@ -186,67 +197,6 @@ def _run(options: argparse.Namespace) -> int:
     from server.client import run_client
 
     return run_client(options)
-
-
-def _raise_file_limit() -> None:
-    """Every connection is an open file, and the usual soft limit of 1,024 would be the end of answering."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _serve(config: Path | None, ready_file: Path | None) -> int:
-    _raise_file_limit()
-    # Blocked before any library starts a thread, then waited for: a handler runs only when the main thread
-    # happens to wake up, and a signal that the kernel hands to another thread does not wake it.
-    stops = {signal.SIGTERM, signal.SIGINT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
-    try:
-        return _serve_until(stops, config, ready_file)
-    finally:
-        while signal.sigtimedwait(stops, 0) is not None:
-            pass  # a second request to stop, which must not kill what has ended in order
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _serve_until(stops: set[signal.Signals], config: Path | None, ready_file: Path | None) -> int:
-    from server.app import App
-
-    faults = threading.Event()
-    failed: list[LiverankError] = []
-
-    def give_up() -> None:
-        faults.set()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def start() -> None:
-        try:
-            app.start()
-        except LiverankError as error:
-            failed.append(error)
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        except BaseException:
-            give_up()
-            raise
-        if ready_file is not None:
-            beside = ready_file.with_suffix(".tmp")
-            beside.write_text(json.dumps({"port": app.port, "metrics_port": app.metrics_port}))
-            beside.rename(ready_file)  # a reader sees all of it or nothing
-
-    app = App(load_settings(config), SystemClock(), give_up)
-    starting = threading.Thread(target=start, name="start")  # a recovery may be long, and can be stopped
-    starting.start()
-    signal.sigwait(stops)
-    if not failed:
-        app.stop_starting()
-        starting.join()
-        if failed and isinstance(failed[0], Draining):
-            return 1 if faults.is_set() else 0  # a part failed, or it was told to stop, before it served
-    if failed:
-        starting.join()
-        raise failed[0]
-    clean = app.drain()
-    return 0 if clean and not faults.is_set() else 1
 
 
 if __name__ == "__main__":

@@ -6,16 +6,19 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from liverank.v1 import admin_pb2, admin_pb2_grpc, ingest_pb2, liveness_pb2, liveness_pb2_grpc, ranking_pb2
+from liverank.v1 import admin_pb2_grpc, liveness_pb2_grpc
 
 from kernels.backend import Backend, DeviceError, choose
 from server.admission.gate import Admission
 from server.clock import Clock
 from server.config import Settings
+from server.edges.intake import Intake
+from server.edges.sockets import engine_address, rings_path
 from server.engine import Engine
 from server.errors import ConfigError, Draining
 from server.live.ends import EndFeed
@@ -34,6 +37,7 @@ from server.rpc.ingest import IngestService
 from server.rpc.liveness import LivenessService
 from server.rpc.ranking import RankingService
 from server.rpc.raw import ingest_handler
+from server.rpc.services import OTHER_THREADS, SERVICES
 from server.rpc.slots import StreamSlots
 from server.rpc.tls import bind
 from server.rules.rulebook import RuleBook
@@ -46,18 +50,6 @@ from server.warmup import warm_up
 from server.world import build_world
 
 logger = logging.getLogger(__name__)
-
-OTHER_THREADS = 16
-"""Unary calls outside Ranking that are handled at once."""
-SERVICES = tuple(
-    module.DESCRIPTOR.services_by_name[name].full_name
-    for module, name in (
-        (ranking_pb2, "Ranking"),
-        (liveness_pb2, "Liveness"),
-        (ingest_pb2, "Ingest"),
-        (admin_pb2, "Admin"),
-    )
-)
 
 
 def open_scorer(
@@ -92,14 +84,19 @@ def open_device(settings: Settings) -> Backend:
 class App:
     """One server. ``start`` returns when it is warm and SERVING; ``drain`` ends it in order.
 
-    port, metrics_port: the bound ports, known from early in ``start`` on.
+    port, metrics_port: the bound ports, known from early in ``start`` on; port is 0 behind edges.
+
+    Args:
+        folder: given, this is the engine behind edges: it listens on Unix sockets in there and on no port.
 
     Raises:
         ConfigError: a file is wrong. LogError: the log cannot be opened.
     """
 
-    def __init__(self, settings: Settings, clock: Clock, on_fault: Callable[[], None]) -> None:
-        self.settings, self.clock = settings, clock
+    def __init__(
+        self, settings: Settings, clock: Clock, on_fault: Callable[[], None], folder: Path | None = None
+    ) -> None:
+        self.settings, self.clock, self._behind = settings, clock, folder
         backend = open_device(settings)
         features = FeatureSet.load(settings.table.features_file)
         book = RuleBook.load(settings.rank.rules_file, features.names)
@@ -149,12 +146,13 @@ class App:
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
         )
-        self._ranking = RankingService(self.engine, self.gate, self.recorder)
+        self._ranking = RankingService(self.engine, self.gate, self.recorder, self.engine)
         self._register()
         self._calls = DirectServer(self._grpc, self._ranking.methods())
         self._drained = threading.Lock()
         self._stopping = threading.Event()
         self._stop_metrics: Callable[[], None] = lambda: None
+        self._intake: Intake | None = None
         self.port = 0
         self.metrics_port = 0
 
@@ -187,7 +185,7 @@ class App:
 
     def _start(self) -> None:
         serve = self.settings.serve
-        self.port = bind(self._grpc, f"{serve.host}:{serve.port}", self.settings.security, self.gate)
+        self._bind()
         metrics_host = self.settings.metrics_host
         try:
             self.metrics_port, self._stop_metrics = self.metrics.serve(metrics_host, serve.metrics_port)
@@ -206,12 +204,25 @@ class App:
         self.snapshots.start(recovered.snapshot_offset)
         if self._stopping.is_set():
             raise Draining("stopped while starting")
+        if self._intake is not None:
+            self._intake.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         security = self.settings.security
+        if self._behind is not None:
+            logger.info("serving edges; metrics on %s:%d", metrics_host, self.metrics_port)
+            return
         tls = "mutual TLS" if security.client_ca_file else "TLS" if security.cert_file else "no TLS"
         who = "callers by access file" if security.access_file else "anybody may call"
         logger.info("serving on %s:%d (%s, %s)", serve.host, self.port, tls, who)
         logger.info("metrics on %s:%d", metrics_host, self.metrics_port)
+
+    def _bind(self) -> None:
+        serve, folder = self.settings.serve, self._behind
+        if folder is None:
+            self.port = bind(self._grpc, f"{serve.host}:{serve.port}", self.settings.security, self.gate)
+            return
+        self._grpc.add_insecure_port(engine_address(folder))  # who may open files in there is the same user
+        self._intake = Intake(rings_path(folder), self.engine, self.recorder)
 
     def stop_starting(self) -> None:
         """Makes a `start` in another thread raise Draining soon; a started server is not affected."""
@@ -230,6 +241,8 @@ class App:
         self.engine.ends.close()
         stopped = self._calls.stop(self.settings.serve.drain_grace_ms / 1000)
         clean = stopped.wait(self.settings.serve.drain_grace_ms / 1000 + 1.0)
+        if self._intake is not None:
+            self._intake.stop()
         self.snapshots.stop()
         self._commit.stop()
         self.engine.stop()

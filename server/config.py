@@ -31,6 +31,7 @@ class ServeSettings(_Section):
     max_rank_calls: int = Field(
         256, ge=1, le=65_536, description="interactive Rank calls in the server at once; upper bound of the limit"
     )
+    edges: int = Field(0, ge=0, le=256, description="processes that share the port; 0: one process does it all")
     max_open_streams: int = Field(64, ge=1, le=4096, description="open Publish and WatchEnded calls")
     max_queue_rows: int = Field(4096, ge=1, description="viewers waiting to be ranked")
     max_batch_rows: int = Field(64, ge=1, description="viewers ranked together")

@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ from server.recorder import Recorder
 from server.retrieval.query import QueryBatch, RankQuery, build_batch
 from server.retrieval.streams import StreamState
 from server.retrieval.view import Snapshot
-from server.rules.rulebook import RuleBook
+from server.rules.rulebook import RuleBook, Surface
 from server.scoring.ladder import Level
 from server.scoring.refresh import Refresher, RefreshResult
 from server.sweep import Sweep
@@ -209,6 +209,11 @@ class Engine:
             self._calls.append((function, done))  # type: ignore[arg-type]
             self._wake.notify()
         return done
+
+    @property
+    def surfaces(self) -> Mapping[str, Surface]:
+        """Those that a request may name, of the rules as they are now."""
+        return self.streams.book.surfaces
 
     @property
     def queued_rows(self) -> int:

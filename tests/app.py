@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import queue
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,14 @@ from liverank.v1 import (
 
 from server.app import App
 from server.clock import Clock, ManualClock
-from server.config import TableSettings, parse_settings
+from server.config import Settings, TableSettings, parse_settings
+from server.edge import Edge
 from server.live.features import FeatureSet
 from tests.events import T0
 from tests.triton_server import put_model, small_net
 
+EDGES = "LIVERANK_TEST_EDGES"
+"""Set: every app that tests run serves through an edge."""
 FEATURES = FeatureSet.load(TableSettings().features_file)
 SMALL = {"capacity": 256, "embedding_dim": 4, "lease_ms": 10_000, "grace_ms": 20_000}
 
@@ -104,13 +109,34 @@ def serving_app(
     }
     merged = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in {*defaults, *sections}}
     faults: list[str] = []
-    app = App(parse_settings(merged), clock, lambda: faults.append("engine"))
-    app.start()
-    try:
-        yield app
-    finally:
-        assert app.drain(), "calls were cut off"
-        assert not faults, "the engine gave up"
+    settings = parse_settings(merged)
+    if os.environ.get(EDGES):
+        with _app_behind_an_edge(settings, clock, lambda: faults.append("engine")) as app:
+            yield app
+    else:
+        app = App(settings, clock, lambda: faults.append("engine"))
+        app.start()
+        try:
+            yield app
+        finally:
+            assert app.drain(), "calls were cut off"
+    assert not faults, "the engine gave up"
+
+
+@contextmanager
+def _app_behind_an_edge(settings: Settings, clock: Clock, on_fault: Callable[[], None]) -> Iterator[App]:
+    """The same, its port being that of an edge, with rings and sockets as between processes."""
+    with tempfile.TemporaryDirectory(prefix="liverank-") as folder:
+        app = App(settings, clock, on_fault, Path(folder))
+        app.start()
+        edge = Edge(settings, clock, Path(folder))
+        try:
+            edge.start()
+            app.port = edge.port
+            yield app
+        finally:
+            assert edge.drain(), "calls were cut off at the edge"
+            assert app.drain(), "calls were cut off"
 
 
 def status_of(error: grpc.RpcError) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,12 @@ MAX_FILTERS = 64
 
 
 def decode_rank(
-    request: Any, settings: Settings, surfaces: Iterable[str], deadline_s: float, where: str = ""
+    request: Any, settings: Settings, surfaces: Collection[str] | None, deadline_s: float, where: str = ""
 ) -> RankQuery:
     """Checks a RankRequest.
 
     Args:
+        surfaces: names that are allowed; None: it is checked elsewhere.
         deadline_s: monotonic time by which the caller wants the answer.
         where: prefix for field names in errors, such as ``requests[3].``.
 
@@ -38,7 +39,7 @@ def decode_rank(
     if len(request_id) + len(viewer_id) + len(region) + len(surface) > ID_BYTES // 4:  # 4 bytes at most per character
         for name in ("request_id", "viewer_id", "region", "surface"):
             check_short(where + name, getattr(request, name))
-    if surface not in surfaces:
+    if surfaces is not None and surface not in surfaces:
         raise InvalidRequest(f"{where}surface", f"one of {', '.join(sorted(surfaces))} wanted, got {surface!r}")
     limit = request.limit or settings.rank.default_limit
     return RankQuery(

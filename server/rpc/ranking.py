@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 from liverank.v1 import ranking_pb2 as pb
 
 from kernels.wire import frame_messages
-from server.batching.base import Priority
-from server.engine import Engine
+from server.admission.gate import Admission
+from server.batching.base import Answer, Priority
+from server.config import Settings
 from server.errors import InvalidRequest, NotFound
-from server.ranking.explain import Explanation, explain
 from server.recorder import Recorder
+from server.retrieval.query import RankQuery
 from server.rpc.decode import check_stream_id, decode_rank
 from server.rpc.direct import Call, DirectMethod, Refusal
 from server.rpc.status import CallerGone, verdict
-from server.rpc.turnstile import Turnstile
+from server.rpc.turnstile import Handler, Turnstile
 from server.security.access import Identity
 from server.security.gate import Gate
+
+if TYPE_CHECKING:
+    from server.engine import Engine
+    from server.ranking.explain import Explanation
 
 DEFAULT_DEADLINE_S = 30.0
 MAX_BATCH_VIEWERS = 4_096
@@ -31,36 +38,64 @@ BATCH_THREADS = 8
 _GONE = Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "the caller stopped waiting")
 
 
-class RankingService:
-    """Nothing waits here: what is queued knows which call it answers."""
+_SERVICE = "/" + pb.DESCRIPTOR.services_by_name["Ranking"].full_name
 
-    def __init__(self, engine: Engine, gate: Gate, recorder: Recorder) -> None:
-        self._engine, self._gate, self._recorder = engine, gate, recorder
+A = TypeVar("A", bound=Answer)
+
+
+class RankPort(Protocol):
+    """What ranks: the engine, or the way to it from another process.
+
+    surfaces: names that a request may give; None: checked further on.
+    """
+
+    settings: Settings
+    admission: Admission
+
+    @property
+    def surfaces(self) -> Mapping[str, object] | None: ...
+
+    def rank(
+        self, queries: list[RankQuery], client: str, priority: Priority, arrived_s: float, answer: Callable[[], A]
+    ) -> list[A]:
+        """See `server.engine.Engine.rank`."""
+
+
+class RankingService:
+    """Nothing waits here: what is queued knows which call it answers.
+
+    Args:
+        engine: answers Explain, too; None: somebody else does.
+    """
+
+    def __init__(self, port: RankPort, gate: Gate, recorder: Recorder, engine: Engine | None) -> None:
+        self._port, self._gate, self._recorder, self._engine = port, gate, recorder, engine
         # Thousands of viewers take tens of milliseconds to decode, and Explain waits for the engine.
         self._pool = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="rank-batch")
 
     def methods(self) -> dict[str, DirectMethod]:
-        """All methods of the service, by full name."""
-        turnstile = Turnstile(self._engine.admission, self._gate, self._recorder)
-        service = "/" + pb.DESCRIPTOR.services_by_name["Ranking"].full_name
-        return {
-            path: turnstile.method(path, parse, handler, pool)
-            for path, parse, handler, pool in (
-                (f"{service}/Rank", pb.RankRequest.FromString, self._rank, None),
-                (f"{service}/RankBatch", pb.RankBatchRequest.FromString, self._rank_batch, self._pool),
-                (f"{service}/Explain", pb.ExplainRequest.FromString, self._explain, self._pool),
-            )
-        }
+        """The methods of the service, by full name."""
+        turnstile = Turnstile(self._port.admission, self._gate, self._recorder)
+        found = {}
+
+        def add(name: str, parse: Callable[[bytes], Any], handler: Handler, pool: ThreadPoolExecutor | None) -> None:
+            found[f"{_SERVICE}/{name}"] = turnstile.method(f"{_SERVICE}/{name}", parse, handler, pool)
+
+        add("Rank", pb.RankRequest.FromString, self._rank, None)
+        add("RankBatch", pb.RankBatchRequest.FromString, self._rank_batch, self._pool)
+        if self._engine is not None:
+            add("Explain", pb.ExplainRequest.FromString, partial(self._explain, self._engine), self._pool)
+        return found
 
     def close(self) -> None:
         """Lets the threads end."""
         self._pool.shutdown(wait=False)
 
     def _rank(self, request: pb.RankRequest, call: Call, priority: Priority, _: Identity) -> None:
-        engine = self._engine
-        query = decode_rank(request, engine.settings, engine.streams.book.surfaces, _deadline_s(call))
+        port = self._port
+        query = decode_rank(request, port.settings, port.surfaces, _deadline_s(call))
         answer = RankAnswer(call, self._recorder)
-        engine.rank([query], call.peer(), priority, call.arrived_s, lambda: answer)
+        port.rank([query], call.peer(), priority, call.arrived_s, lambda: answer)
         call.on_gone = answer.cancel
 
     def _rank_batch(self, request: pb.RankBatchRequest, call: Call, priority: Priority, identity: Identity) -> None:
@@ -72,13 +107,13 @@ class RankingService:
         if not requests:
             call.reply(b"")
             return
-        deadline_s, surfaces = _deadline_s(call), self._engine.streams.book.surfaces
+        deadline_s, surfaces = _deadline_s(call), self._port.surfaces
         queries = [
-            decode_rank(one, self._engine.settings, surfaces, deadline_s, f"requests[{i}].")
+            decode_rank(one, self._port.settings, surfaces, deadline_s, f"requests[{i}].")
             for i, one in enumerate(requests)
         ]
         self._check_size([query.limit for query in queries])
-        parts: list[Future[list[bytes]]] = self._engine.rank(queries, call.peer(), priority, call.arrived_s)
+        parts: list[Future[list[bytes]]] = self._port.rank(queries, call.peer(), priority, call.arrived_s, Future)
         call.on_gone = lambda: _cancel(parts)
         if call.ended:  # it left in between
             _cancel(parts)
@@ -86,18 +121,18 @@ class RankingService:
 
     def _check_size(self, limits: list[int]) -> None:
         """Refuses before the work what certainly could not be sent after it."""
-        most = self._engine.settings.serve.max_message_bytes // LEAST_STREAM_BYTES
+        most = self._port.settings.serve.max_message_bytes // LEAST_STREAM_BYTES
         if sum(limits) > most:
             raise InvalidRequest(
                 "requests", f"limits of {sum(limits)} streams in all; at most {most} fit a reply of max_message_bytes"
             )
 
-    def _explain(self, request: pb.ExplainRequest, call: Call, _: Priority, __: Identity) -> None:
+    def _explain(self, engine: Engine, request: pb.ExplainRequest, call: Call, _: Priority, __: Identity) -> None:
+        from server.ranking.explain import explain  # not in an edge, where it would load the whole table's code
+
         deadline_s = _deadline_s(call)
         check_stream_id("stream_id", request.stream_id)
-        surfaces = self._engine.streams.book.surfaces
-        query = decode_rank(request.request, self._engine.settings, surfaces, deadline_s, "request.")
-        engine = self._engine
+        query = decode_rank(request.request, engine.settings, engine.surfaces, deadline_s, "request.")
 
         def ask() -> Explanation | None:
             age_ms = engine.reply_state().score_age_ms
@@ -113,12 +148,19 @@ class RankingService:
 class RankAnswer:
     """Where the engine leaves the reply to one call of Rank (`server.batching.base.Answer`): on the wire."""
 
-    __slots__ = ("_call", "_lock", "_recorder", "_running", "_stopped")
+    __slots__ = ("_call", "_lock", "_recorder", "_running", "_stopped", "_told")
 
     def __init__(self, call: Call, recorder: Recorder) -> None:
         self._call, self._recorder = call, recorder
         self._lock = threading.Lock()
         self._running = self._stopped = False
+        self._told: Callable[[RankAnswer], object] | None = None
+
+    def add_done_callback(self, tell: Callable[[RankAnswer], object]) -> None:
+        """Told once when it is cancelled; whoever answers it knows."""
+        self._told = tell
+        if self._stopped:
+            tell(self)
 
     def set_running_or_notify_cancel(self) -> bool:
         with self._lock:
@@ -133,6 +175,8 @@ class RankAnswer:
             self._stopped = True
         self._call.refuse(_GONE)  # nobody may be there to hear it
         self._recorder.refused("Rank", _GONE.code.name)
+        if self._told is not None:
+            self._told(self)
         return True
 
     def cancelled(self) -> bool:

@@ -65,6 +65,7 @@ def test_only_the_edge_knows_grpc_and_only_the_model_transport_knows_triton() ->
         if "grpc" in names or "grpc_health" in names:
             assert place.startswith("rpc/") or place in (
                 "app.py",
+                "edge.py",
                 "channel.py",
                 "client.py",
                 "doctor/health.py",

@@ -1,0 +1,203 @@
+"""The engine's side of its edges: takes what they ask off their rings, and leaves the answers in them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from server.edges.link import HELLO
+from server.edges.records import Ask, pack_gone, pack_refused, pack_reply, unpack_ask
+from server.edges.ring import RingClosed, RingReader, RingWriter
+from server.engine import Engine
+from server.errors import InvalidRequest, LiverankError
+from server.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTORS = 4
+
+
+class Intake:
+    """Listens on a Unix socket for edges. An edge that goes away takes its calls with it, and nothing else."""
+
+    def __init__(self, path: Path, engine: Engine, recorder: Recorder) -> None:
+        self._path, self._engine, self._recorder = path, engine, recorder
+        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        path.unlink(missing_ok=True)  # of an engine that was killed
+        self._listening.bind(str(path))
+        self._edges: set[_Edge] = set()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._accept, name="intake", daemon=True)
+
+    def start(self) -> None:
+        self._listening.listen()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Lets all edges go."""
+        with self._lock:
+            self._stopping = True
+            edges = list(self._edges)
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listening.close()
+        self._path.unlink(missing_ok=True)
+        for edge in edges:
+            edge.end()
+            edge.thread.join()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                if self._stopping:
+                    return
+                raise
+            with self._lock:
+                if self._stopping:
+                    connection.close()
+                    return
+                edge = _Edge(connection, self._engine, self._recorder, self._gone)
+                self._edges.add(edge)
+            edge.thread.start()
+
+    def _gone(self, edge: _Edge) -> None:
+        with self._lock:
+            self._edges.discard(edge)
+
+
+class _Edge:
+    """One edge that is connected."""
+
+    def __init__(self, connection: socket.socket, engine: Engine, recorder: Recorder, gone: object) -> None:
+        self._connection, self._engine, self._recorder, self._gone = connection, engine, recorder, gone
+        self._lock = threading.Lock()
+        self._waiting: dict[int, RingAnswer] = {}
+        self.thread = threading.Thread(target=self._run, name="edge", daemon=True)
+
+    def end(self) -> None:
+        """Cuts the connection; what follows is as if the edge had gone."""
+        try:
+            self._connection.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            logger.debug("an edge was gone already: %s", error)
+
+    def _run(self) -> None:
+        with self._connection as connection:
+            try:
+                hello, descriptors, _, _ = socket.recv_fds(connection, len(HELLO), _DESCRIPTORS)
+                if hello != HELLO or len(descriptors) != _DESCRIPTORS:
+                    for descriptor in descriptors:
+                        os.close(descriptor)
+                    logger.error("something that is no edge of this version connected: %r", hello)
+                    return
+                asks, answers = RingReader(*descriptors[:2]), RingWriter(*descriptors[2:])
+                self._converse(connection, asks, answers)
+            except OSError as error:
+                logger.error("an edge is gone: %s", error)
+            finally:
+                self._gone(self)  # type: ignore[operator]
+
+    def _converse(self, connection: socket.socket, asks: RingReader, answers: RingWriter) -> None:
+        reading = threading.Thread(target=self._read, args=(asks, answers), name="asks", daemon=True)
+        reading.start()
+        try:
+            connection.sendall(HELLO)
+            connection.recv(1)  # nothing is ever sent: it ends with the edge, or with us
+        finally:
+            asks.wake()
+            reading.join()
+            with self._lock:
+                left, self._waiting = list(self._waiting.values()), {}
+            for answer in left:
+                answer.cancel()
+            asks.release()
+            answers.release()
+            logger.info("an edge is gone; %d of its calls waited", len(left))
+
+    def _read(self, asks: RingReader, answers: RingWriter) -> None:
+        try:
+            while True:
+                for message in asks.take():
+                    self._take(unpack_ask(message), answers)
+        except RingClosed as closed:
+            if closed.args:
+                logger.error("an edge wrote no message: %s", closed)
+                self.end()
+
+    def _take(self, ask: Ask, answers: RingWriter) -> None:
+        if ask.query is None:
+            with self._lock:
+                left = self._waiting.get(ask.number)
+            if left is not None:
+                left.cancel()
+            return
+        answer = RingAnswer(ask.number, answers, self)
+        with self._lock:
+            self._waiting[ask.number] = answer
+        try:
+            if ask.query.surface not in self._engine.surfaces:
+                known = ", ".join(sorted(self._engine.surfaces))
+                raise InvalidRequest("surface", f"one of {known} wanted, got {ask.query.surface!r}")
+            self._engine.rank([ask.query], ask.client, ask.priority, ask.arrived_s, lambda: answer)
+        except LiverankError as error:
+            answer.set_exception(error)
+
+    def forget(self, number: int) -> None:
+        """The call was answered."""
+        with self._lock:
+            self._waiting.pop(number, None)
+
+
+class RingAnswer:
+    """Where the engine leaves the reply to a viewer of an edge (`server.batching.base.Answer`): in its ring."""
+
+    __slots__ = ("_answers", "_begun_s", "_edge", "_lock", "_number", "_running", "_stopped")
+
+    def __init__(self, number: int, answers: RingWriter, edge: _Edge) -> None:
+        self._number, self._answers, self._edge = number, answers, edge
+        self._lock = threading.Lock()
+        self._running = self._stopped = False
+        self._begun_s = 0.0
+
+    def set_running_or_notify_cancel(self) -> bool:
+        with self._lock:
+            self._running, self._begun_s = not self._stopped, time.monotonic()
+            return self._running
+
+    def cancel(self) -> bool:
+        """Nobody waits any more, or its deadline passed."""
+        with self._lock:
+            if self._running or self._stopped:
+                return False
+            self._stopped = True
+        self._send(pack_gone(self._number))
+        return True
+
+    def cancelled(self) -> bool:
+        return self._stopped
+
+    def done(self) -> bool:
+        return self._stopped
+
+    def set_result(self, replies: list[bytes], /) -> None:
+        self._send(pack_reply(self._number, self._begun_s, replies[0]))
+
+    def set_exception(self, error: BaseException, /) -> None:
+        self._send(pack_refused(self._number, error))
+
+    def _send(self, message: bytes) -> None:
+        self._stopped = True
+        self._edge.forget(self._number)
+        try:
+            if not self._answers.put([message]):
+                logger.error("an edge does not take its answers; it is cut off")
+                self._edge.end()
+        except RingClosed:
+            logger.debug("an answer for an edge that is gone")

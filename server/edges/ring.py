@@ -1,0 +1,142 @@
+"""Messages from one process to another through shared memory: one side writes, the other reads, in order.
+
+The memory is a ring of bytes without a name in the file system; its descriptor and that of an eventfd(2) are handed to
+the other process over a Unix socket. The eventfd counts the messages: adding to it wakes the reader, and what the
+reader takes from it tells how many messages are there. So nobody polls, and the kernel orders the memory: a message
+that was counted is complete. The only other word that is shared is how far the reader has come.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Sequence
+
+HEADER_BYTES = 64
+_LENGTH = struct.Struct("<q")
+_DONE = struct.Struct("<Q")
+_SKIP = -1
+"""In place of a length: the next message begins at the start of the ring."""
+
+
+class RingClosed(Exception):
+    """The other side is gone, or this one was closed."""
+
+
+class _Ring:
+    """What both ends share. A message takes 8 bytes more than its own, rounded up to 8."""
+
+    def __init__(self, memory: int, event: int) -> None:
+        self.memory, self.event = memory, event
+        size = os.fstat(memory).st_size
+        self.capacity_bytes = size - HEADER_BYTES
+        self._map = mmap.mmap(memory, size)
+        self._view = memoryview(self._map)
+        self._at = 0  # bytes written, or read, since the beginning
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def release(self) -> None:
+        """Gives memory and descriptors back; this end raises RingClosed from now on. Any thread, but for a reader
+        only after its `take` came back."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._view.release()
+            self._map.close()
+            os.close(self.memory)
+            os.close(self.event)
+
+
+class RingWriter(_Ring):
+    """The end that writes."""
+
+    def put(self, messages: Sequence[bytes]) -> int:
+        """Writes as many of ``messages`` as fit, in order, and tells the reader; returns how many. Any thread.
+
+        A message of up to half the ring always fits once the reader has taken all.
+
+        Raises:
+            RingClosed: this end was released.
+        """
+        with self._lock:
+            if self._closed:
+                raise RingClosed
+            written = 0
+            for message in messages:
+                if not self._write(message):
+                    break
+                written += 1
+            if written:
+                os.eventfd_write(self.event, written)
+            return written
+
+    def _write(self, message: bytes) -> bool:
+        need = 8 + (len(message) + 7 & ~7)
+        place = self._at % self.capacity_bytes
+        skipped = self.capacity_bytes - place if place + need > self.capacity_bytes else 0
+        (done,) = _DONE.unpack_from(self._view, 0)
+        if self._at + skipped + need - done > self.capacity_bytes:
+            return False
+        if skipped:
+            _LENGTH.pack_into(self._view, HEADER_BYTES + place, _SKIP)
+            self._at += skipped
+            place = 0
+        at = HEADER_BYTES + place
+        _LENGTH.pack_into(self._view, at, len(message))
+        self._view[at + 8 : at + 8 + len(message)] = message
+        self._at += need
+        return True
+
+
+class RingReader(_Ring):
+    """The end that reads."""
+
+    def __init__(self, memory: int, event: int) -> None:
+        super().__init__(memory, event)
+        self._woken = False
+
+    def take(self) -> list[bytes]:
+        """Waits for messages and returns all that were counted. One thread only.
+
+        Raises:
+            RingClosed: `wake` was called, this end was released, or what is in the ring is no message.
+        """
+        if self._closed:
+            raise RingClosed
+        count = os.eventfd_read(self.event)
+        if self._woken:
+            raise RingClosed
+        messages = [self._read() for _ in range(count)]
+        _DONE.pack_into(self._view, 0, self._at)
+        return messages
+
+    def _read(self) -> bytes:
+        place = self._at % self.capacity_bytes
+        (length,) = _LENGTH.unpack_from(self._view, HEADER_BYTES + place)
+        if length == _SKIP:
+            self._at += self.capacity_bytes - place
+            place = 0
+            (length,) = _LENGTH.unpack_from(self._view, HEADER_BYTES)
+        if not 0 <= length <= self.capacity_bytes - place - 8:
+            raise RingClosed(f"no message: a length of {length} at {place}")
+        at = HEADER_BYTES + place + 8
+        self._at += 8 + (length + 7 & ~7)
+        return bytes(self._view[at : at + length])
+
+    def wake(self) -> None:
+        """Makes `take` raise RingClosed, now and later. Any thread."""
+        self._woken = True
+        os.eventfd_write(self.event, 1)
+
+
+def new_ring(capacity_bytes: int) -> tuple[int, int]:
+    """Descriptors of memory and event for a ring of ``capacity_bytes``, a positive multiple of 8."""
+    if capacity_bytes <= 0 or capacity_bytes % 8:
+        raise ValueError(f"capacity_bytes: a positive multiple of 8 wanted, got {capacity_bytes}")
+    memory = os.memfd_create("liverank-ring", os.MFD_CLOEXEC)
+    os.ftruncate(memory, HEADER_BYTES + capacity_bytes)
+    return memory, os.eventfd(0, os.EFD_CLOEXEC)
