@@ -9,6 +9,9 @@ TESTING := $(VENV)/.testing-$(EXTRA)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROTOS := $(wildcard proto/liverank/v1/*.proto) proto/build_hook.py
 
+# Run twice: in one process, and behind an edge.
+BEHIND_AN_EDGE := tests/e2e/test_ranking.py tests/e2e/test_liveness.py tests/e2e/test_columnar_publish.py
+
 .PHONY: demo test check bench serve setup train triton clean
 
 setup: $(SERVING)                  ## the `liverank` command in .venv/bin
@@ -18,6 +21,7 @@ serve: setup                       ## a server with the default settings (model 
 	$(BIN)/liverank serve
 test: $(TESTING) triton            ## all tests, a real Triton included
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/parity tests/contract
+	TESTS_BEHIND_AN_EDGE=1 $(BIN)/python -m pytest $(BEHIND_AN_EDGE)
 	$(BIN)/python -m pytest tests/e2e tests/faults   # real processes and their times: one after the other
 check: $(TESTING)                  ## style, types, and what bandit finds suspicious
 	$(BIN)/ruff check .

@@ -109,6 +109,8 @@ class Engine:
         """Up to which leases were expired."""
         self._end_times = EndTimes(settings.serve.watch_buffer)
         self.admission = admission
+        self.on_rules: Callable[[], None] = _nothing
+        """Told, on the engine thread, that there are other rules, and maybe other surfaces."""
         self.scores = RefreshResult(
             np.zeros(0, np.int32), np.zeros(0, np.uint32), None, None, Level.FORMULA,
             ("no scores yet",), "", clock.now_ms(), 0,
@@ -410,6 +412,7 @@ class Engine:
         self.streams.set_book(book)
         self.streams.assess(np.arange(self.table.rows, dtype=np.int32), now_ms)
         self.take_snapshot(now_ms)
+        self.on_rules()
 
     def take_snapshot(self, now_ms: int) -> None:
         """Begins a new tick's view of the table."""
@@ -530,6 +533,9 @@ class Engine:
             return ReplyState(self.applied_offset, "popular", Level.POPULAR, reasons, 0)
         version = scores.model_version or "formula"
         return ReplyState(self.applied_offset, version, scores.level, scores.reasons, age_ms, quality)
+
+
+def _nothing() -> None: ...
 
 
 def _waiting_for(groups: Iterable[list[Committed]]) -> list[Answer]:

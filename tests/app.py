@@ -28,7 +28,7 @@ from server.live.features import FeatureSet
 from tests.events import T0
 from tests.triton_server import put_model, small_net
 
-EDGES = "LIVERANK_TEST_EDGES"
+EDGES = "TESTS_BEHIND_AN_EDGE"
 """Set: every app that tests run serves through an edge."""
 FEATURES = FeatureSet.load(TableSettings().features_file)
 SMALL = {"capacity": 256, "embedding_dim": 4, "lease_ms": 10_000, "grace_ms": 20_000}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -13,7 +14,7 @@ from server.edges.link import HELLO
 from server.edges.records import Ask, pack_gone, pack_refused, pack_reply, unpack_ask
 from server.edges.ring import RingClosed, RingReader, RingWriter
 from server.engine import Engine
-from server.errors import InvalidRequest, LiverankError
+from server.errors import LiverankError
 from server.recorder import Recorder
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Intake:
 
     def start(self) -> None:
         self._listening.listen()
+        self._engine.on_rules = self._rules_changed
         self._thread.start()
 
     def stop(self) -> None:
@@ -67,6 +69,12 @@ class Intake:
                 self._edges.add(edge)
             edge.thread.start()
 
+    def _rules_changed(self) -> None:
+        with self._lock:
+            edges = list(self._edges)
+        for edge in edges:
+            edge.tell_surfaces()
+
     def _gone(self, edge: _Edge) -> None:
         with self._lock:
             self._edges.discard(edge)
@@ -87,6 +95,13 @@ class _Edge:
             self._connection.shutdown(socket.SHUT_RDWR)
         except OSError as error:
             logger.debug("an edge was gone already: %s", error)
+
+    def tell_surfaces(self) -> None:
+        """Which surfaces requests may name; one line of JSON, so small that the socket takes it at once."""
+        try:
+            self._connection.sendall(json.dumps(sorted(self._engine.surfaces)).encode() + b"\n")
+        except OSError as error:
+            logger.debug("an edge that is gone: %s", error)
 
     def _run(self) -> None:
         with self._connection as connection:
@@ -109,6 +124,7 @@ class _Edge:
         reading.start()
         try:
             connection.sendall(HELLO)
+            self.tell_surfaces()
             connection.recv(1)  # nothing is ever sent: it ends with the edge, or with us
         finally:
             asks.wake()
@@ -142,9 +158,6 @@ class _Edge:
         with self._lock:
             self._waiting[ask.number] = answer
         try:
-            if ask.query.surface not in self._engine.surfaces:
-                known = ", ".join(sorted(self._engine.surfaces))
-                raise InvalidRequest("surface", f"one of {known} wanted, got {ask.query.surface!r}")
             self._engine.rank([ask.query], ask.client, ask.priority, ask.arrived_s, lambda: answer)
         except LiverankError as error:
             answer.set_exception(error)

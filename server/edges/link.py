@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import socket
 import threading
@@ -54,12 +55,11 @@ class EngineLink:
         self._lock = threading.Lock()
         self._pending: dict[int, _Pending] = {}
         self._asks: RingWriter | None = None
+        self.surfaces: frozenset[str] | None = None
+        """Names that a request may give, as the engine told them last."""
         self._stopping = threading.Event()
         self._socket: socket.socket | None = None
         self._thread = threading.Thread(target=self._keep_connected, name="engine-link", daemon=True)
-
-    surfaces = None
-    """The engine knows which there are."""
 
     def start(self) -> None:
         self._thread.start()
@@ -142,14 +142,21 @@ class EngineLink:
         socket.send_fds(connection, [HELLO], [asks.memory, asks.event, answers.memory, answers.event])
         reading = threading.Thread(target=self._read_answers, args=(answers,), name="answers", daemon=True)
         try:
-            if connection.recv(len(HELLO)) != HELLO:
+            told = connection.makefile("rb")
+            if told.read(len(HELLO)) != HELLO:
                 return
+            first = told.readline()
+            if not first.endswith(b"\n"):
+                return
+            self.surfaces = frozenset(json.loads(first))
             with self._lock:
                 self._asks, self._socket = asks, connection
             reading.start()
             logger.info("connected to the engine")
             self._on_change(True)
-            connection.recv(1)  # nothing is ever sent: it ends with the engine, or with us
+            for line in told:  # until the engine ends, or we do
+                if line.endswith(b"\n"):
+                    self.surfaces = frozenset(json.loads(line))
         finally:
             with self._lock:
                 self._asks = self._socket = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,8 @@ import grpc
 
 _OWN = ("grpc-", ":", "user-agent", "te", "content-type")
 _RECONNECT_MS = 500
+NO_DEADLINE_S = 1e9
+"""grpc writes "no deadline" as a time in the far future."""
 
 
 class Proxy(grpc.GenericRpcHandler):
@@ -38,10 +39,12 @@ class Proxy(grpc.GenericRpcHandler):
 
         def forward(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             left_s = context.time_remaining()
-            timeout_s = None if left_s is None or math.isinf(left_s) else left_s
-            call = ask(messages, timeout=timeout_s, metadata=_passed_on(context.invocation_metadata()))
+            timeout_s = None if left_s is None or left_s > NO_DEADLINE_S else left_s
+            call = ask(_until_gone(messages), timeout=timeout_s, metadata=_passed_on(context.invocation_metadata()))
             if not context.add_callback(call.cancel):
                 call.cancel()
+            # Early where the method sends it early: who watches waits for it before anything happens.
+            context.send_initial_metadata(tuple(call.initial_metadata() or ()))
             try:
                 yield from call
             except grpc.RpcError:
@@ -53,6 +56,14 @@ class Proxy(grpc.GenericRpcHandler):
 
     def close(self) -> None:
         self.channel.close()
+
+
+def _until_gone(messages: Iterator[bytes]) -> Iterator[bytes]:
+    """The caller's messages; a caller that vanishes sends no more, and its call is cancelled elsewhere."""
+    try:
+        yield from messages
+    except grpc.RpcError:
+        return
 
 
 def _passed_on(metadata: Any) -> tuple[tuple[str, Any], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -53,7 +53,7 @@ class RankPort(Protocol):
     admission: Admission
 
     @property
-    def surfaces(self) -> Mapping[str, object] | None: ...
+    def surfaces(self) -> Collection[str] | None: ...
 
     def rank(
         self, queries: list[RankQuery], client: str, priority: Priority, arrived_s: float, answer: Callable[[], A]
