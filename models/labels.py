@@ -35,7 +35,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 CLICK_WITHIN_MS = 120_000

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from models import labels
-from server.config import TableSettings
 from server.errors import ConfigError
 from server.live.features import FeatureSet
 

@@ -18,8 +18,8 @@ from server.live.features import FeatureSet
 def make_synthetic(path: Path, kind: Kind, rows: int, seed: int, dim: int = 16) -> None:
     """Writes made-up rows that can be learned from, for who develops a model: nothing is replayed.
 
-    Impressions: whether a stream is clicked depends on its place (examined with probability ``(1 + position) ** -0.7``),
-    on the first feature and on the category; watching, buying and reporting on the click. Streams: growth follows the
+    Impressions: whether a stream is clicked depends on its place (seen with probability ``(1 + position) ** -0.7``), on
+    the first feature and on the category; watching, buying and reporting on the click. Streams: growth follows the
     first features. Rows are sorted by time, 100 per second.
     """
     rng = np.random.default_rng(seed)
@@ -51,7 +51,8 @@ def _made_up(kind: Kind, n: int, n_features: int, dim: int, rng: np.random.Gener
     watch_s = np.where(clicked, rng.exponential(30.0 + 60.0 * pull), 0.0)
     purchased = clicked & (rng.random(n) < 0.1 + 0.2 * pull)
     return found | {
-        "impression_ms": at_ms + 200, "impression_offset": np.arange(n) // 10 + 2, "impression_index": np.arange(n) % 10,
+        "impression_ms": at_ms + 200, "impression_offset": np.arange(n) // 10 + 2,
+        "impression_index": np.arange(n) % 10,
         "viewer_id": [f"viewer-{v}" for v in rng.integers(0, max(1, n // 20), n)],
         "request_id": [f"r-{i // 20}" for i in range(n)], "position": position,
         "propensity": np.where(rng.random(n) < 0.05, 0.02, 0.0), "model_version": ["trendiness/1"] * n,
