@@ -51,13 +51,14 @@ def test_equal_rows_give_equal_files_however_they_are_handed_over(tmp_path: Path
     assert read_rows(tmp_path / "b.parquet").metadata["data_hash"] not in hashes
 
 
+@pytest.mark.parametrize("row", [0, 99])
 @pytest.mark.parametrize("column", ["clicked", "watch_s", "features", "viewer_id", "position"])
-def test_one_changed_value_changes_the_hash_of_the_data(column: str, tmp_path: Path) -> None:
+def test_one_changed_value_changes_the_hash_of_the_data(column: str, row: int, tmp_path: Path) -> None:
     make_synthetic(tmp_path / "a.parquet", "impressions", 100, seed=1)
     rows = pq.read_table(tmp_path / "a.parquet")
     values = rows.column(column).to_pylist()
-    last = values[-1]
-    values[-1] = (
+    last = values[row]
+    values[row] = (
         [x + 1.0 for x in last] if isinstance(last, list) else f"{last}x" if isinstance(last, str)
         else not last if isinstance(last, bool) else last + 1
     )  # fmt: skip

@@ -178,8 +178,8 @@ def test_a_resent_impression_keeps_its_labels_on_the_one_that_was_accepted() -> 
     first = impression("s", 1_000)
     log = beginning()
     log.add(1_000, first)
-    log.add(1_500, first)
     log.add(2_000, act("s", 2_000, "v", joined={}))
+    log.add(3_000, first)
     log.add(CLOSED_MS, started("u", 0))
     rows, told = rows_of(log)
     assert rows["clicked"].tolist() == [True] and told == {"refused": 1}

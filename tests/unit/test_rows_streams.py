@@ -110,14 +110,14 @@ def test_a_row_that_becomes_another_stream_takes_no_labels_along() -> None:
     assert log_table.tombstone_ms < 12 * MINUTE_MS
     log.add(at(-0.5), started("old", 0, T0 + at(-0.5)))
     tell(log, 0, act("old", at(0), viewer_count={"count": 50}, viewer="v"))
-    tell(log, 0.5, act("old", at(0.5), watched={"seconds": 60.0}), ended("old", 0.5))
-    tell(log, 13, started("new", 0, T0 + at(13)), act("new", at(13), viewer_count={"count": 70}))
-    tell(log, 13.5, act("new", at(13.5), watched={"seconds": 600.0}))
+    tell(log, 4.5, act("old", at(4.5), watched={"seconds": 9_000.0}), ended("old", 4.5))
+    tell(log, 17, started("new", 0, T0 + at(17)), act("new", at(17), viewer_count={"count": 70}))
+    tell(log, 17.5, act("new", at(17.5), watched={"seconds": 600.0}))
     tell(log, 40, started("z", 0, T0 + at(40)))
     rows, _ = rows_of(log)
-    old, new = only(rows, "old", 0), only(rows, "new", 14)
+    old, new = only(rows, "old", 4), only(rows, "new", 18)
     assert (old["live_after_15m"], old["viewers_after_15m"]) == (False, 0.0)
-    assert new["engaged_before_5m"] == 2.0 and new["viewers_before_5m"] == 70.0
+    assert new["engaged_before_15m"] == pytest.approx(600 / 900) and new["viewers_before_5m"] == 70.0
 
 
 def test_moments_are_at_full_multiples_and_open_ones_are_not_emitted() -> None:
