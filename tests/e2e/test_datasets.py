@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from loadtest.record import SHUFFLED, Recorded, RecordSettings, record, recording_settings
+from loadtest.replay.player import BASE_MS
 from loadtest.world import WorldSettings, examination
 from models.rows.audit import audit
 from models.rows.base import LeakError, Shard
@@ -24,14 +25,18 @@ from models.rows.sharded import SORTED_BY, ShardWorker, Work, build_on_ray, chun
 from models.rows.source import LogSource, open_source
 from models.schema import RowTable, read_rows
 from server.__main__ import main
+from server.clock import ManualClock
 from server.config import Settings, parse_settings
 from server.errors import LogError
 from server.row_log import read_row_log
-from tests.app import FEATURES, put_current_model
+from tests.app import FEATURES, SMALL, put_current_model, running_app
+from tests.events import T0, event, started
+from tests.histories import broadcast, in_time, write_csv
 
 WORLD = WorldSettings(
     seed=3, target_live=25, step_ms=10_000, n_creators=200, n_viewers=2_000, embedding_dim=8, top_audience=500.0
 )
+SHAPES = (("up", 100, 3), ("flat", 200, 0), ("down", 400, -2))
 PLAY = RecordSettings(minutes=21, requests_per_s=1.0, places=10, people=60, shuffled=0.3)
 
 
@@ -193,6 +198,63 @@ def test_a_log_without_its_begin_needs_a_snapshot_that_continues_there(logged: L
         db.execute("DELETE FROM log WHERE record < 100")
     with pytest.raises(LogError, match=r"records before 100 are gone \(log\.retain_records"):
         open_source(None, tmp_path, logged.settings)
+
+
+def test_a_shortened_log_is_replayed_from_the_snapshot_that_it_continues(tmp_path: Path) -> None:
+    clock = ManualClock(T0)
+    sections: dict[str, dict[str, Any]] = {
+        "table": {"lease_ms": 10_000_000},
+        "snapshot": {"keep": 2},
+        "telemetry": {"row_log": str(tmp_path / "rows"), "row_log_share": 1.0},
+    }
+    with running_app(tmp_path, clock, **sections) as client:
+        client.publish(*(started(name, 0) for name in "abc"))
+        client.publish(*(event(name, 0, viewer="w", chatted={"count": 3}) for name in "abc"))
+        for _ in range(2):
+            client.app.snapshots.take()
+            clock.advance(1_000)
+            client.publish(event("a", 0, clock.now_ms(), viewer_count={"count": 5}))
+        client.app.snapshots._trim()
+        client.tick()
+        reply = client.rank(request_id="r", viewer_id="v", limit=3)
+        seen = [
+            event(one.stream_id, 0, clock.now_ms(), one.epoch, "v", impression={
+                "request_id": "r", "served_ms": reply.as_of_ms, "verify_by_ms": one.verify_by_ms,
+                "applied_offset": reply.applied_offset,
+            })
+            for one in reply.streams
+        ]  # fmt: skip
+        assert not client.publish(*seen).rejected
+        clock.advance(20 * 60_000)
+        client.publish(started("z", 0, clock.now_ms()))
+    settings = parse_settings({"table": {**SMALL, "lease_ms": 10_000_000}})
+    source = open_source(None, tmp_path, settings)
+    assert source.start is not None
+    assert next(iter(source.records())).offset == source.start.manifest.offset + 1 > 2
+    build(source, FEATURES, Plan("impressions"), tmp_path / "rows.parquet", lambda line: None)
+    rows = read_rows(tmp_path / "rows.parquet")
+    served = {row["stream_id"]: row for row in read_row_log(tmp_path / "rows").to_pylist()}
+    assert sorted(rows["stream_id"]) == ["a", "b", "c"] and audit(tmp_path / "rows.parquet", source, FEATURES, 9) == 3
+    for name, features in zip(rows["stream_id"], rows["features"]):
+        assert features.tolist() == served[name]["features"]
+        assert features[FEATURES.names.index("chats_per_minute_1m")] > 0
+
+
+def test_a_file_of_history_becomes_rows_of_streams(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curves = {name: [start + step * minute for minute in range(61)] for name, start, step in SHAPES}
+    history = in_time([one for name, curve in curves.items() for one in broadcast(name, 0, curve, likes_delta=2)])
+    out = tmp_path / "rows.parquet"
+    command = ["replay", str(write_csv(tmp_path / "h.csv", history)), "--rows", "streams", "--every-minutes", "5"]
+    assert main([*command, "--out", str(out), "--audit", "20"]) == 0
+    rows = read_rows(out)
+    minute = (rows["at_ms"] - BASE_MS) // 60_000
+    for name, start, step in SHAPES:
+        mine = (rows["stream_id"] == name) & (minute > 0) & (minute < 45)
+        assert mine.sum() == 8
+        assert np.array_equal(rows["viewers_before_15m"][mine], start + step * minute[mine])
+        assert (rows["viewers_gain_15m"][mine] == 15 * step).all() and (rows["viewers_gain_5m"][mine] == 5 * step).all()
+    assert np.isnan(rows["engaged_after_5m"]).all() and not (minute % 5).any()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["audited"] == 20
 
 
 @pytest.mark.parametrize(
