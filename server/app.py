@@ -42,6 +42,7 @@ from server.scoring.refresh import Refresher
 from server.security.gate import Gate
 from server.snapshots import Snapshots
 from server.telemetry.metrics import Metrics
+from server.viewers.embeddings import ViewerEmbeddings
 from server.warmup import warm_up
 from server.world import build_world
 
@@ -77,6 +78,20 @@ def open_scorer(
     from server.scoring.local import LocalScorer
 
     return LocalScorer(scoring.model_repository, scoring.model_name, features.schema, len(features))
+
+
+def open_embeddings(
+    settings: Settings, clock: Clock, on_lookup: Callable[[str, bool], None]
+) -> ViewerEmbeddings | None:
+    """The store of viewers' embeddings, if one is configured. Raises ConfigError when it cannot be used at all."""
+    chosen = settings.viewers.embeddings
+    if not chosen.url.get_secret_value():
+        return None
+    try:
+        from server.viewers.redis_store import RedisStore
+    except ImportError as error:
+        raise ConfigError(f"viewers.embeddings.url: needs the package redis (liverank[redis]): {error}") from error
+    return ViewerEmbeddings(RedisStore(chosen), chosen, settings.table.embedding_dim, clock, on_lookup)
 
 
 def open_device(settings: Settings) -> Backend:
@@ -133,6 +148,7 @@ class App:
             self.engine.scored,
             self.recorder.model_called,
         )
+        self._embeddings = open_embeddings(settings, clock, self.recorder.embedding_looked_up)
         self._slots = StreamSlots(settings.serve.max_open_streams)
         # Streaming calls hold a thread each; unary calls have threads of their own beside them, those of Ranking
         # in the interceptor: however many there are, health and liveness are answered.
@@ -161,7 +177,8 @@ class App:
         engine, recorder = self.engine, self.recorder
         control = Control(engine, self._commit, self._log.control_producer)
         ingest = IngestService(engine, self._commit, recorder, self._slots)
-        self._grpc.add_generic_rpc_handlers((ranking_handler(RankingService(engine, recorder)), ingest_handler(ingest)))
+        ranking = RankingService(engine, recorder, self._embeddings)
+        self._grpc.add_generic_rpc_handlers((ranking_handler(ranking), ingest_handler(ingest)))
         liveness_pb2_grpc.add_LivenessServicer_to_server(
             LivenessService(engine, control, recorder, self._slots), self._grpc
         )
@@ -234,6 +251,8 @@ class App:
         self.engine.stop()
         clean &= self._refresher.close()
         self._scorer.close()
+        if self._embeddings is not None:
+            self._embeddings.close()
         self._log.close()
         self._stop_metrics()
         self.gate.stop()

@@ -169,6 +169,10 @@ class Recorder:
         if method in ("Rank", "RankBatch"):
             self.metrics.rank_requests.labels(code, "none").inc()
 
+    def embedding_looked_up(self, outcome: str, cached: bool) -> None:
+        """An embedding was looked up. Any thread."""
+        self.metrics.viewer_embeddings.labels(outcome, str(cached).lower()).inc()
+
     def shed(self, reason: ShedReason, priority: Priority) -> None:
         """A request was turned away. Any thread."""
         self._shed[reason, priority].inc()

@@ -16,7 +16,10 @@ from server.viewers.table import ViewerTable
 
 @dataclass(frozen=True)
 class RankQuery:
-    """A checked request. ``embedding`` float32[D] or None; ``deadline_s`` on the monotonic clock."""
+    """A checked request. ``embedding`` float32[D] or None; ``deadline_s`` on the monotonic clock.
+
+    embedding_problem: why an embedding that should have been looked up is not there; "" where nothing failed.
+    """
 
     request_id: str
     viewer_id: str
@@ -32,6 +35,7 @@ class RankQuery:
     min_offset: int
     deadline_s: float
     received_s: float
+    embedding_problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import CancelledError, Future, TimeoutError
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -16,9 +17,11 @@ from server.engine import Engine
 from server.errors import InvalidRequest, NotFound
 from server.ranking.explain import Explanation, explain
 from server.recorder import Recorder
+from server.retrieval.query import RankQuery
 from server.rpc.admission import arrival
 from server.rpc.decode import check_stream_id, decode_rank
 from server.rpc.status import CallerGone, guarded
+from server.viewers.embeddings import ViewerEmbeddings
 
 DEFAULT_DEADLINE_S = 30.0
 MAX_BATCH_VIEWERS = 4_096
@@ -29,15 +32,15 @@ LEAST_STREAM_BYTES = 40
 class RankingService(pb_grpc.RankingServicer):
     """Decodes, queues for the engine, and returns the bytes it gets back."""
 
-    def __init__(self, engine: Engine, recorder: Recorder) -> None:
-        self._engine, self.recorder = engine, recorder
+    def __init__(self, engine: Engine, recorder: Recorder, embeddings: ViewerEmbeddings | None = None) -> None:
+        self._engine, self.recorder, self._embeddings = engine, recorder, embeddings
 
     @guarded
     def Rank(self, request: pb.RankRequest, context: grpc.ServicerContext) -> bytes:
         deadline_s, came, client = _deadline_s(context), arrival(), context.peer()
         with self._engine.admission.place(client, came.priority):
             query = decode_rank(request, self._engine.settings, self._engine.streams.book.surfaces, deadline_s)
-            waiting = self._engine.rank([query], client, came.priority, came.arrived_s)
+            waiting = self._engine.rank(self._with_embeddings([query]), client, came.priority, came.arrived_s)
             return _await_all(waiting, deadline_s)[0]
 
     @guarded
@@ -53,8 +56,18 @@ class RankingService(pb_grpc.RankingServicer):
             for i, one in enumerate(request.requests)
         ]
         self._check_size([query.limit for query in queries])
-        waiting = self._engine.rank(queries, context.peer(), Priority.BATCH, arrival().arrived_s)
+        waiting = self._engine.rank(self._with_embeddings(queries), context.peer(), Priority.BATCH, arrival().arrived_s)
         return frame_messages(_await_all(waiting, deadline_s))
+
+    def _with_embeddings(self, queries: list[RankQuery]) -> list[RankQuery]:
+        """The same, with embeddings looked up for viewers who brought none."""
+        wanted = [i for i, query in enumerate(queries) if query.embedding is None and query.viewer_id]
+        if self._embeddings is None or not wanted:
+            return queries
+        found = self._embeddings.find([queries[i].viewer_id for i in wanted], queries[0].deadline_s)
+        for i, answer in zip(wanted, found, strict=True):
+            queries[i] = replace(queries[i], embedding=answer.embedding, embedding_problem=answer.problem)
+        return queries
 
     def _check_size(self, limits: list[int]) -> None:
         """Refuses before the work what certainly could not be sent after it."""
@@ -69,7 +82,8 @@ class RankingService(pb_grpc.RankingServicer):
         deadline_s = _deadline_s(context)
         check_stream_id("stream_id", request.stream_id)
         surfaces = self._engine.streams.book.surfaces
-        query = decode_rank(request.request, self._engine.settings, surfaces, deadline_s, "request.")
+        asked = decode_rank(request.request, self._engine.settings, surfaces, deadline_s, "request.")
+        (query,) = self._with_embeddings([asked])
         engine = self._engine
 
         def ask() -> Explanation | None:

@@ -122,6 +122,12 @@ class Metrics:
             registry=r,
         )
         self.viewers = Gauge("liverank_viewers", "Viewers that are remembered", registry=r)
+        self.viewer_embeddings = Counter(
+            "liverank_viewer_embeddings_total",
+            "Viewers' embeddings looked up, by outcome: found, absent, or what failed; cached says where it came from",
+            ["outcome", "cached"],
+            registry=r,
+        )
         self.viewers_forgotten = Counter(
             "liverank_viewers_forgotten_total", "Viewers that gave way to others: the table is full", registry=r
         )
