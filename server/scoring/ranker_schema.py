@@ -118,6 +118,22 @@ class RankerInputs:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+def empty_inputs(rows: int, n_features: int, embedding_dim: int) -> RankerInputs:
+    """Rows of one viewer about whom, as about the streams, nothing is known."""
+    wide = (rows, n_features)
+    return RankerInputs(
+        stream_features=np.zeros(wide, np.float32),
+        stream_missing=np.ones(wide, np.float32),
+        stream_embedding=np.zeros((rows, embedding_dim), np.float32),
+        codes=np.zeros((rows, len(CODES)), np.int64),
+        position=np.full((rows, 1), NEUTRAL_POSITION, np.float32),
+        viewer_of=np.zeros(rows, np.int64),
+        viewer_embedding=np.zeros((1, embedding_dim), np.float32),
+        sequence_embedding=np.zeros((1, SEQUENCE, embedding_dim), np.float32),
+        sequence_meta=np.zeros((1, SEQUENCE, len(SEQUENCE_META)), np.float32),
+    )
+
+
 def missing_of(states: NDArray[np.uint8]) -> NDArray[np.float32]:
     """float32 of the shape of ``states``: 1 where a feature's state is not PRESENT (0). A stale value keeps standing
     in ``stream_features``; this is what tells that it is old."""

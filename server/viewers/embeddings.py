@@ -93,7 +93,7 @@ class ViewerEmbeddings:
         """What is known of each viewer, by ``deadline_s`` (monotonic) or the settings' deadline if that is sooner."""
         ends_s = min(deadline_s, time.monotonic() + self._settings.deadline_ms / 1000)
         with self._changed:
-            known = {viewer: found for viewer in viewer_ids if (found := self._cached(viewer)) is not None}
+            known = {viewer: hit for viewer in viewer_ids if (hit := self._cached(viewer)) is not None}
             missing = [viewer for viewer in dict.fromkeys(viewer_ids) if viewer not in known]
             coming = self._ask(missing) if missing else {}
         late = Found(None, "timeout", f"timeout: no answer within {self._settings.deadline_ms} ms")
