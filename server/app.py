@@ -22,6 +22,7 @@ from server.live.ends import EndFeed
 from server.live.features import FeatureSet
 from server.log.snapshot import SnapshotFolder
 from server.logs import open_log
+from server.ranking.ranker import RankerStage
 from server.recorder import Recorder
 from server.recovery import recover
 from server.retrieval.registry import make_search
@@ -38,12 +39,13 @@ from server.rpc.slots import StreamSlots
 from server.rpc.tls import bind
 from server.rules.rulebook import RuleBook
 from server.scoring.base import Scorer
+from server.scoring.ranker import Ranker, RankerCaller
 from server.scoring.refresh import Refresher
 from server.security.gate import Gate
 from server.snapshots import Snapshots
 from server.telemetry.metrics import Metrics
 from server.viewers.embeddings import ViewerEmbeddings
-from server.warmup import warm_up
+from server.warmup import warm_ranker, warm_up
 from server.world import build_world
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,30 @@ def open_scorer(
     from server.scoring.local import LocalScorer
 
     return LocalScorer(scoring.model_repository, scoring.model_name, features.schema, len(features))
+
+
+def open_ranker(
+    settings: Settings,
+    features: FeatureSet,
+    clock: Clock,
+    on_call: Callable[[str, float], None],
+    on_answer: Callable[[], None],
+) -> RankerCaller | None:
+    """Who asks the configured ranker; None when there is none."""
+    scoring, name = settings.scoring, settings.ranker.model
+    if not name:
+        return None
+    sizes = (features.schema, len(features), settings.table.embedding_dim)
+    ranker: Ranker
+    if scoring.mode == "triton":
+        from server.scoring.ranker_triton import TritonRanker
+
+        ranker = TritonRanker(scoring.triton_address, name, *sizes)
+    else:
+        from server.scoring.ranker_local import LocalRanker
+
+        ranker = LocalRanker(scoring.model_repository, name, *sizes)
+    return RankerCaller(ranker, settings.ranker, clock, on_call, on_answer)
 
 
 def open_embeddings(
@@ -149,6 +175,10 @@ class App:
             self.recorder.model_called,
         )
         self._embeddings = open_embeddings(settings, clock, self.recorder.embedding_looked_up)
+        self._ranker = open_ranker(settings, features, clock, self.recorder.ranker_called, self.engine.wake)
+        if self._ranker is not None:
+            most = settings.ranker.candidates
+            world.pipeline.ranker = RankerStage(self._ranker, world.table, world.streams, most)
         self._slots = StreamSlots(settings.serve.max_open_streams)
         # Streaming calls hold a thread each; unary calls have threads of their own beside them, those of Ranking
         # in the interceptor: however many there are, health and liveness are answered.
@@ -218,6 +248,8 @@ class App:
         self._log.start(recovered.offset, recovered.stamp_ms)
         self.engine.start(self._commit, self._refresher)
         warm_up(self.engine, self._backend)
+        if self._ranker is not None:
+            warm_ranker(self._ranker, self.settings, len(self.engine.features))
         self._log.catch_up(self._stopping)
         self.snapshots.start(recovered.snapshot_offset)
         if self._stopping.is_set():
@@ -251,6 +283,8 @@ class App:
         self.engine.stop()
         clean &= self._refresher.close()
         self._scorer.close()
+        if self._ranker is not None:
+            self._ranker.close()
         if self._embeddings is not None:
             self._embeddings.close()
         self._log.close()

@@ -162,6 +162,17 @@ class ScoringSettings(_Section):
     breaker_open_ms: Milliseconds = Field(2_000, description="then one trial call per this time")
 
 
+class RankerSettings(_Section):
+    """The model viewer × stream, asked for every batch; where it is: scoring.mode and what belongs to it."""
+
+    model: str = Field("", description='its name in the model repository, such as "ranker"; empty: stream-level scores')
+    deadline_ms: Milliseconds = Field(25, description="a batch waits so long, then it is ranked without")
+    candidates: int = Field(200, ge=1, le=4096, description="of each request that are scored, best stream-level first")
+    warm_ms: Milliseconds = Field(10_000, description="a start waits so long for the model to load")
+    breaker_failures: int = Field(3, ge=1, description="failures in a row that open the breaker")
+    breaker_open_ms: Milliseconds = Field(1_000, description="then one trial call per this time")
+
+
 class ApproximateSettings(_Section):
     index: Literal["none", "cagra"] = Field("none", description="an approximate index beside the exact engine")
     recall: float = Field(0.95, gt=0.0, lt=1.0, description="recall@k that must be proven for it to answer")
@@ -244,6 +255,7 @@ class Settings(BaseSettings):
     log: LogSettings = LogSettings()
     snapshot: SnapshotSettings = SnapshotSettings()
     scoring: ScoringSettings = ScoringSettings()
+    ranker: RankerSettings = RankerSettings()
     viewers: ViewerSettings = ViewerSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     rank: RankSettings = RankSettings()

@@ -39,9 +39,8 @@ class Recorder:
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         # Looked up once: `labels` costs more than the increment, and this runs per batch.
-        self._stages = {
-            stage: metrics.stage_seconds.labels(stage) for stage in ("queue", "retrieve", "blend", "select", "verify")
-        }
+        stages = ("queue", "retrieve", "blend", "score", "select", "verify")
+        self._stages = {stage: metrics.stage_seconds.labels(stage) for stage in stages}
         self._served_by = [metrics.source_served.labels(source.name) for source in SOURCES]
         self._proposed_by = [metrics.source_candidates.labels(source.name) for source in SOURCES]
         self.model_transport: Callable[[], str] = lambda: ""
@@ -138,6 +137,10 @@ class Recorder:
             self._stages["queue"].observe(max(0.0, started_s - query.received_s))
         m.batch_rows.observe(len(slates.batch))
         m.rank_requests.labels("ok", level).inc(len(slates.batch))
+        if slates.ranked_by is not None:
+            self._stages["score"].observe(times.score_us / 1e6)
+            if slates.ranked_by.gone:
+                m.slate_drops.labels("score", "session_changed").inc(slates.ranked_by.gone)
         tally = slates.tally
         m.served.inc(tally.shown)
         m.exploration_served.inc(tally.explored)
@@ -172,6 +175,12 @@ class Recorder:
     def embedding_looked_up(self, outcome: str, cached: bool) -> None:
         """An embedding was looked up. Any thread."""
         self.metrics.viewer_embeddings.labels(outcome, str(cached).lower()).inc()
+
+    def ranker_called(self, outcome: str, seconds: float) -> None:
+        """The ranker was asked about a batch, or was not because it fails."""
+        self.metrics.ranker_calls.labels(outcome).inc()
+        if outcome not in ("breaker_open", "busy"):
+            self.metrics.ranker_seconds.observe(seconds)
 
     def shed(self, reason: ShedReason, priority: Priority) -> None:
         """A request was turned away. Any thread."""

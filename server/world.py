@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kernels.backend import Backend
 from server.clock import Clock
 from server.config import Settings
+from server.errors import ConfigError
 from server.live.features import FeatureSet
 from server.live.table import LiveTable
 from server.ranking.pipeline import Pipeline
@@ -63,6 +64,11 @@ def _on_device(
     search: SearchEngine,
     on_host: Callable[[str, int], None],
 ) -> World:
+    if settings.ranker.model:
+        raise ConfigError(
+            "ranker.model: ranking on the GPU does not ask a ranker; set device.kind = 'cpu', which leaves the model "
+            "itself on the GPU if scoring.mode is 'triton', or leave ranker.model empty"
+        )
     # Imported here: on a CPU nothing of this is loaded.
     from server.live.device import DeviceTable
     from server.live.queue import DeviceQueue

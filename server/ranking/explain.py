@@ -21,6 +21,7 @@ from server.retrieval.sources import SOURCES
 from server.retrieval.streams import StreamState
 from server.rules.bits import built_in
 from server.rules.rulebook import BUILT_IN, PER_REQUEST
+from server.scoring.ranker_schema import HEADS
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ def explain(
     if column >= 0:
         scores["similarity"] = (float(candidates.similarity[0, column]), 0)
         scores["utility"] = (float(candidates.utility[0, column]), 0)
+        if candidates.heads is not None:
+            heads = candidates.heads[0, column].tolist()
+            scores |= {f"ranker.{name}": (value, 0) for name, value in zip(HEADS, heads, strict=True)}
     return Explanation(
         epoch=int(columns.epoch[slot]),
         state=STATE_NAMES[int(columns.state[slot])],

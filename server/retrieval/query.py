@@ -57,6 +57,7 @@ class QueryBatch:
     followed int32[Y] interned creators, ragged by int64[B + 1] offsets, seeds uint64[B],
     viewer_hash uint64[B] (0: anonymous), seen int32[B]: how many of a request's excluded slots, the last ones, are
     there because of what the viewer did (`ViewerTable.seen`) and not because the request says so,
+    head_weights float32[B, 4] of the ranker's heads,
     slate policy: explore_slots, creator_caps, category_caps int32[B], diversity float32[B].
     """
 
@@ -74,6 +75,7 @@ class QueryBatch:
     viewer_hash: NDArray[np.uint64]
     seen: NDArray[np.int32]
     weights: BlendWeights
+    head_weights: NDArray[np.float32]
     explore_slots: NDArray[np.int32]
     creator_caps: NDArray[np.int32]
     category_caps: NDArray[np.int32]
@@ -129,6 +131,7 @@ def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook, now
         viewer_hash=viewer_hash,
         seen=seen,
         weights=BlendWeights(*(column[name] for name in _WEIGHTS)),
+        head_weights=np.array([s.head_weights for s in surfaces], np.float32).reshape(b, -1),
         explore_slots=_explore_slots(surfaces, limits, seeds),
         creator_caps=np.array([s.creator_cap or NO_CAP for s in surfaces], np.int32),
         category_caps=np.array(

@@ -44,6 +44,7 @@ def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, star
                 queue_us=max(0, int((started_s - request.received_s) * 1e6)),
                 retrieve_us=times.retrieve_us,
                 blend_us=times.blend_us,
+                score_us=times.score_us,
                 select_us=times.select_us,
                 verify_us=times.verify_us,
                 batch_rows=len(slates.batch),

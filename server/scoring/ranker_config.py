@@ -16,7 +16,7 @@ from server.scoring.ranker_schema import HEADS, INPUTS, OUTPUT_HEADS, RANKER_PAR
 RANGE_TOLERANCE = 1e-3
 """Beyond [0, 1] by more than this is not a probability but a broken model."""
 
-_TYPES = {np.float32: DataType.TYPE_FP32, np.int64: DataType.TYPE_INT64}
+_TYPES: dict[type[np.generic], int] = {np.float32: DataType.TYPE_FP32, np.int64: DataType.TYPE_INT64}
 
 
 def render_ranker_config(
@@ -35,10 +35,11 @@ def render_ranker_config(
         raise ConfigError(f"n_features, embedding_dim: {n_features}, {embedding_dim}; both must be positive")
     parameters = {SCHEMA_PARAMETER: feature_schema, RANKER_PARAMETER: RANKER_SCHEMA}
     lines = parameter_lines(model_name, parameters, metrics or {})
-    inputs = ",\n".join(
-        f'  {{ name: "{name}" data_type: {DataType.Name(_TYPES[kind])} dims: {_dims(shape, n_features, embedding_dim)} }}'
-        for name, (kind, shape) in INPUTS.items()
-    )
+    inputs = []
+    for name, (kind, shape) in INPUTS.items():
+        dims = _dims(shape, n_features, embedding_dim)
+        inputs.append(f'  {{ name: "{name}" data_type: {DataType.Name(_TYPES[kind])} dims: {dims} }}')
+    joined = ",\n".join(inputs)
     return f"""\
 # Written by the exporter (server/scoring/ranker_config.py); do not edit.
 name: "{model_name}"
@@ -46,7 +47,7 @@ platform: "onnxruntime_onnx"
 # 0: the shapes below are whole, and calls are never joined: viewer_of counts within its call.
 max_batch_size: 0
 input [
-{inputs}
+{joined}
 ]
 output [ {{ name: "{OUTPUT_HEADS}" data_type: TYPE_FP32 dims: [ -1, {len(HEADS)} ] }} ]
 instance_group [ {{ kind: KIND_AUTO count: 1 }} ]

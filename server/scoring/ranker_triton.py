@@ -15,7 +15,7 @@ from server.scoring.ranker_schema import INPUTS, OUTPUT_HEADS, RankerInputs, emp
 from server.scoring.transport import Call, PlainTensors
 from server.scoring.triton import TritonScorer
 
-_DATATYPES = {np.float32: "FP32", np.int64: "INT64"}
+_DATATYPES: dict[type[np.generic], str] = {np.float32: "FP32", np.int64: "INT64"}
 
 
 class RankerTensors(PlainTensors):

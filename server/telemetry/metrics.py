@@ -148,6 +148,12 @@ class Metrics:
         self.model_calls = Counter(
             "liverank_model_calls_total", "Calls of the trendiness model", ["outcome"], registry=r
         )
+        self.ranker_calls = Counter(
+            "liverank_ranker_calls_total", "Batches by what became of their call of the ranker", ["outcome"], registry=r
+        )
+        self.ranker_seconds = Histogram(
+            "liverank_ranker_seconds", "Ranker: asked to answered or given up", buckets=_SECONDS, registry=r
+        )
         self.model_transport = Gauge(
             "liverank_model_transport", "1 for the way tensors travel to the model now", ["transport"], registry=r
         )

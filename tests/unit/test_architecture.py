@@ -32,7 +32,15 @@ ALLOWED: dict[str, set[str]] = {
     "server.admission": {"server.batching", *LEAVES},
     "server.rules": {"kernels", "server.live", *LEAVES},
     "server.retrieval": {"kernels", "server.live", "server.rules", "server.viewers", *LEAVES},
-    "server.ranking": {"kernels", "server.live", "server.rules", "server.retrieval", "server.scoring", *LEAVES},
+    "server.ranking": {
+        "kernels",
+        "server.live",
+        "server.rules",
+        "server.retrieval",
+        "server.scoring",
+        "server.viewers",
+        *LEAVES,
+    },
 }
 
 
