@@ -176,13 +176,21 @@ class ViewerTable:
     def columns(self) -> dict[str, dict[str, NDArray[Any]]]:
         """The used rows of both tables by name, views: what a snapshot keeps. Which rows are the newest and the
         oldest, and the buckets, follow from these."""
-        v, s = int(self.viewers.ends[ROWS]), int(self.sessions.ends[ROWS])
-        viewers = {**_links(self.viewers), **self.visits._asdict()}
-        sessions = {**_links(self.sessions), "embedding": self.embedding, "codes": self.codes}
+        used = (self.viewers.ends[ROWS], self.sessions.ends[ROWS])
         return {
-            "viewers": {name: column[:v] for name, column in viewers.items()},
-            "sessions": {name: column[:s] for name, column in sessions.items()},
+            table: {name: column[:rows] for name, column in part.items()}
+            for table, part, rows in zip(("viewers", "sessions"), self._parts(), used, strict=True)
         }
+
+    def _parts(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """All columns of viewers and of visited sessions, by name."""
+        viewers = {**_links(self.viewers), **self.visits._asdict()}
+        return viewers, {**_links(self.sessions), "embedding": self.embedding, "codes": self.codes}
+
+    def nbytes_per_row(self) -> tuple[int, int]:
+        """Memory of a viewer and of a visited session, with their share of the buckets."""
+        viewers, sessions = (sum(column[:1].nbytes for column in part.values()) for part in self._parts())
+        return viewers + 16, sessions + 16  # int32 buckets, a power of two of at least twice the rows
 
     def restore(self, columns: dict[str, dict[str, NDArray[Any]]]) -> None:
         """Takes over what `columns` gave, in a table that nothing was applied to.

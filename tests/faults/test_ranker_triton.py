@@ -15,7 +15,7 @@ from tests import rankers
 from tests import triton_server as ts
 from tests.app import FEATURES, SMALL, put_current_model, running_app
 from tests.events import T0, started
-from tests.unit.test_ranker import SCHEMA, D, F, random_inputs
+from tests.unit.test_ranker_calls import SCHEMA, D, F, random_inputs
 
 
 def test_triton_and_the_process_answer_the_same_whatever_the_shape_of_a_call(tmp_path: Path) -> None:
