@@ -43,5 +43,5 @@ $(SERVING): pyproject.toml $(PROTOS) | $(VENV)/bin/python
 	$(PIP) --editable '.[$(EXTRA)]'
 	@touch $@
 $(TESTING): $(SERVING)
-	$(PIP) --editable '.[$(EXTRA),dev,train,load,kafka]'
+	$(PIP) --editable '.[$(EXTRA),dev,train,load,kafka,redis]'
 	@touch $@

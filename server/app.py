@@ -14,7 +14,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from liverank.v1 import admin_pb2_grpc, liveness_pb2_grpc
 
-from kernels.backend import Backend, DeviceError, choose
 from server.admission.gate import Admission
 from server.clock import Clock
 from server.config import Settings
@@ -27,6 +26,7 @@ from server.live.features import FeatureSet
 from server.live.table import LiveTable
 from server.log.snapshot import SnapshotFolder
 from server.logs import open_log
+from server.ranking.ranker import RankerStage
 from server.recorder import Recorder
 from server.recovery import recover
 from server.retrieval.registry import make_search
@@ -44,11 +44,13 @@ from server.rpc.slots import StreamSlots
 from server.rpc.tls import bind
 from server.rules.rulebook import RuleBook
 from server.scoring.base import Scorer
+from server.scoring.ranker import Ranker, RankerCaller
 from server.scoring.refresh import Refresher
 from server.security.gate import Gate
 from server.snapshots import Snapshots
 from server.telemetry.metrics import Metrics
-from server.warmup import warm_up
+from server.viewers.embeddings import open_embeddings
+from server.warmup import warm_ranker, warm_up
 from server.world import build_world
 
 if TYPE_CHECKING:
@@ -88,14 +90,28 @@ def open_row_log(settings: Settings, table: LiveTable, features: FeatureSet, met
     return RowLog(settings.telemetry, table, features, metrics.row_log_rows.inc, dropped)
 
 
-def open_device(settings: Settings) -> Backend:
-    """The device that this process computes on. Raises ConfigError when the configured one cannot be used."""
-    try:
-        return choose(settings.device.kind, settings.device.allow_cpu)
-    except DeviceError as error:
-        raise ConfigError(
-            f"device.kind: {error} (device.allow_cpu = true, or device.kind = 'cpu', serves from the CPU)"
-        ) from error
+def open_ranker(
+    settings: Settings,
+    features: FeatureSet,
+    clock: Clock,
+    on_call: Callable[[str, float], None],
+    on_answer: Callable[[], None],
+) -> RankerCaller | None:
+    """Who asks the configured ranker; None when there is none."""
+    scoring, name = settings.scoring, settings.ranker.model
+    if not name:
+        return None
+    sizes = (features.schema, len(features), settings.table.embedding_dim)
+    ranker: Ranker
+    if scoring.mode == "triton":
+        from server.scoring.ranker_triton import TritonRanker
+
+        ranker = TritonRanker(scoring.triton_address, name, *sizes)
+    else:
+        from server.scoring.ranker_local import LocalRanker
+
+        ranker = LocalRanker(scoring.model_repository, name, *sizes)
+    return RankerCaller(ranker, settings.ranker, clock, on_call, on_answer)
 
 
 class App:
@@ -150,6 +166,11 @@ class App:
             self.engine.scored,
             self.recorder.model_called,
         )
+        self._embeddings = open_embeddings(settings, clock, self.recorder.embedding_looked_up)
+        self._ranker = open_ranker(settings, features, clock, self.recorder.ranker_called, self.engine.wake)
+        if self._ranker is not None:
+            most = settings.ranker.candidates
+            world.pipeline.ranker = RankerStage(self._ranker, world.table, world.streams, most)
         self._slots = StreamSlots(settings.serve.max_open_streams)
         # Streaming calls hold a thread each; other unary calls have threads of their own beside them, those of
         # Ranking need none: however many there are, health and liveness are answered.
@@ -166,7 +187,7 @@ class App:
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
         )
-        self._ranking = RankingService(self.engine, self.gate, self.recorder, self.engine)
+        self._ranking = RankingService(self.engine, self.gate, self.recorder, self.engine, self._embeddings)
         self._register()
         self._calls = DirectServer(self._grpc, self._ranking.methods())
         self._drained = threading.Lock()
@@ -220,6 +241,8 @@ class App:
         self._log.start(recovered.offset, recovered.stamp_ms)
         self.engine.start(self._commit, self._refresher)
         warm_up(self.engine, self._backend)
+        if self._ranker is not None:
+            warm_ranker(self._ranker, self.settings, len(self.engine.features))
         self._log.catch_up(self._stopping)
         self.snapshots.start(recovered.snapshot_offset)
         if self._stopping.is_set():
@@ -270,6 +293,10 @@ class App:
             self._row_log.close()
         clean &= self._refresher.close()
         self._scorer.close()
+        if self._ranker is not None:
+            self._ranker.close()
+        if self._embeddings is not None:
+            self._embeddings.close()
         self._log.close()
         self._stop_metrics()
         self.gate.stop()

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from server.errors import ConfigError
@@ -91,6 +91,40 @@ class KafkaSettings(_Section):
     options: dict[str, str] = Field(default={}, description="further librdkafka properties, such as security.protocol")
 
 
+class EmbeddingSettings(_Section):
+    """Viewers' embeddings in Redis, for requests that name a viewer and bring none; see docs/viewers.md."""
+
+    url: SecretStr = Field(SecretStr(""), description="redis://, rediss:// or unix://; empty: nobody is looked up")
+    key_prefix: str = Field("viewer:embedding:", description="before the viewer_id; values: D little-endian float32")
+    deadline_ms: Milliseconds = Field(5, description="a request waits so long; then it is ranked without")
+    timeout_ms: Milliseconds = Field(100, description="of one command; then the connection is given up")
+    cache_viewers: int = Field(100_000, ge=1, description="embeddings kept here, also that there is none")
+    cache_ms: Milliseconds = Field(60_000, description="how old a kept one may be")
+    max_waiting: int = Field(4_096, ge=1, description="viewers asked for at once; more are ranked without")
+    breaker_failures: int = Field(3, ge=1, description="failures in a row that open the breaker")
+    breaker_open_ms: Milliseconds = Field(1_000, description="then one trial command per this time")
+
+    @field_validator("url")
+    @classmethod
+    def _names_a_redis(cls, url: SecretStr) -> SecretStr:
+        if url.get_secret_value() and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("redis://, rediss:// or unix:// wanted")
+        return url
+
+
+class ViewerSettings(_Section):
+    """What is remembered of viewers; see docs/viewers.md."""
+
+    capacity: int = Field(
+        1_000_000, ge=0, le=50_000_000, description="viewers remembered; 0: none. Used ones cost memory"
+    )
+    sessions: int = Field(200_000, ge=1, le=8_000_000, description="visited sessions whose embedding is remembered")
+    exclude_reported: bool = Field(True, description="a viewer is not shown again what the viewer reported")
+    exclude_watched_ms: int = Field(0, ge=0, description="nor a session that was watched at least so long; 0: is shown")
+    exclude_within_ms: Milliseconds = Field(86_400_000, description="unless that was longer ago")
+    embeddings: EmbeddingSettings = EmbeddingSettings()
+
+
 class LogSettings(_Section):
     kind: Literal["sqlite", "kafka"] = "sqlite"
     path: Path = Field(
@@ -129,6 +163,17 @@ class ScoringSettings(_Section):
     max_score_age_ms: Milliseconds = Field(15_000, description="last good scores are used this long")
     breaker_failures: int = Field(3, ge=1, description="failures in a row that open the breaker")
     breaker_open_ms: Milliseconds = Field(2_000, description="then one trial call per this time")
+
+
+class RankerSettings(_Section):
+    """The model viewer × stream, asked for every batch; where it is: scoring.mode and what belongs to it."""
+
+    model: str = Field("", description='its name in the model repository, such as "ranker"; empty: stream-level scores')
+    deadline_ms: Milliseconds = Field(25, description="a batch waits so long, then it is ranked without")
+    candidates: int = Field(200, ge=1, le=4096, description="of each request that are scored, best stream-level first")
+    warm_ms: Milliseconds = Field(10_000, description="a start waits so long for the model to load")
+    breaker_failures: int = Field(3, ge=1, description="failures in a row that open the breaker")
+    breaker_open_ms: Milliseconds = Field(1_000, description="then one trial call per this time")
 
 
 class ApproximateSettings(_Section):
@@ -220,6 +265,8 @@ class Settings(BaseSettings):
     log: LogSettings = LogSettings()
     snapshot: SnapshotSettings = SnapshotSettings()
     scoring: ScoringSettings = ScoringSettings()
+    ranker: RankerSettings = RankerSettings()
+    viewers: ViewerSettings = ViewerSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     rank: RankSettings = RankSettings()
     device: DeviceSettings = DeviceSettings()

@@ -29,6 +29,7 @@ from server.rpc.services import OTHER_THREADS, SERVICES
 from server.rpc.tls import bind
 from server.security.gate import Gate
 from server.telemetry.metrics import Metrics
+from server.viewers.embeddings import open_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Edge:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         self._grpc.add_generic_rpc_handlers((self._proxy,))
         self._tell()
-        self._ranking = RankingService(self.link, self._gate, recorder, None)
+        self._embeddings = open_embeddings(settings, clock, recorder.embedding_looked_up)
+        self._ranking = RankingService(self.link, self._gate, recorder, None, self._embeddings)
         self._calls = DirectServer(self._grpc, self._ranking.methods())
         self._watching = threading.Thread(target=self._watch_health, name="engine-health", daemon=True)
         self._stop_metrics: Callable[[], None] = lambda: None
@@ -117,6 +119,8 @@ class Edge:
         self._stop_metrics()
         self._gate.stop()
         self._ranking.close()
+        if self._embeddings is not None:
+            self._embeddings.close()
         self._pool.shutdown(wait=False)
         return clean
 

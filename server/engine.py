@@ -37,7 +37,7 @@ from server.live.table import Applied, End, LiveTable
 from server.log.base import Record
 from server.log.commit import CommitPath, Committed, Submission
 from server.ranking.pipeline import Pipeline, Started
-from server.ranking.slates import ReplyState, SlateBatch
+from server.ranking.slates import RankedBy, ReplyState, SlateBatch
 from server.recorder import Recorder
 from server.retrieval.query import QueryBatch, RankQuery, build_batch
 from server.retrieval.streams import StreamState
@@ -214,6 +214,11 @@ class Engine:
             self._wake.notify()
         return done
 
+    def wake(self) -> None:
+        """Something that the engine waits for has come. Any thread."""
+        with self._wake:
+            self._wake.notify()
+
     @property
     def surfaces(self) -> Mapping[str, Surface]:
         """Those that a request may name, of the rules as they are now."""
@@ -307,6 +312,8 @@ class Engine:
                 self._next_tick_s = time.monotonic() + self.settings.rank.tick_ms / 1000
             for function, done in calls:
                 _resolve(done, function)
+            if self._on_its_way is not None and self._on_its_way.started.wait_s() > 0 and not self._stopping:
+                continue  # a model works on it: events and ticks meanwhile, rather than waiting in `finish`
             with self._wake:  # last, so that it sees the offsets applied above
                 turn = self._queue.take(self.applied_offset, self._budget_s(), closing=self._stopping)
                 self._in_hand += [item.done for item in turn.taken()]
@@ -314,9 +321,12 @@ class Engine:
 
     def _idle_s(self) -> float:
         """Seconds until there is something to do, unless something comes."""
-        if self._committed or self._calls or self._results or self._stopping or self._on_its_way is not None:
+        if self._committed or self._calls or self._results or self._stopping:
             return 0.0
-        to_tick_s, to_turn_s = self._next_tick_s - time.monotonic(), self._queue.due_in_s()
+        to_tick_s = self._next_tick_s - time.monotonic()
+        if self._on_its_way is not None:  # the next turn is taken when this batch can be finished
+            return min(to_tick_s, self._on_its_way.started.wait_s())
+        to_turn_s = self._queue.due_in_s()
         return to_tick_s if to_turn_s is None else min(to_tick_s, to_turn_s)
 
     def _guard(self, step: Callable[[], None], name: str) -> None:
@@ -477,7 +487,9 @@ class Engine:
         before, self._on_its_way = self._on_its_way, self._start(turn.rank)
         if before is not None:
             self._finish(before)
-        if self._on_its_way is not None and not (self.pipeline.overlaps and self._queue.rows):
+        if self._on_its_way is not None and not (
+            (self.pipeline.overlaps and self._queue.rows) or (self._on_its_way.started.wait_s() and not self._stopping)
+        ):
             last, self._on_its_way = self._on_its_way, None
             self._finish(last)
         if turn.late:
@@ -497,13 +509,14 @@ class Engine:
         items, started, began_s = on_its_way.items, on_its_way.started, on_its_way.began_s
         with self._guarded(items):
             slates = self.pipeline.finish(started)
-            self._reply(items, slates, self.reply_state(quality=started.quality), began_s)
+            self._reply(items, slates, self.reply_state(quality=started.quality, by=slates.ranked_by), began_s)
             self.admission.answered(items, began_s)
         # Half-life of about 5 batches: follows load, ignores one slow batch.
         self._batch_s += 0.13 * (min(time.monotonic() - began_s, 0.1) - self._batch_s)
 
     def _batch_of(self, items: list[Waiting[RankQuery]]) -> QueryBatch:
-        return build_batch([query for item in items for query in item.rows], self.table, self.streams.book)
+        queries = [query for item in items for query in item.rows]
+        return build_batch(queries, self.table, self.streams.book, self.clock.now_ms())
 
     def _reply(self, items: list[Waiting[RankQuery]], slates: SlateBatch, state: ReplyState, began_s: float) -> None:
         replies = self._encode(slates, state, self.table, began_s)
@@ -528,15 +541,19 @@ class Engine:
                 if not item.done.done():
                     item.done.set_exception(error)
 
-    def reply_state(self, popular: bool = False, quality: float = 1.0) -> ReplyState:
-        """What replies disclose now."""
+    def reply_state(self, popular: bool = False, quality: float = 1.0, by: RankedBy | None = None) -> ReplyState:
+        """What replies disclose now. ``by``: the ranker's part of a batch."""
         scores = self.scores
         age_ms = max(0, self.clock.now_ms() - scores.as_of_ms)
         if popular:
             reasons = ("deadline: no time left to rank", *scores.reasons)
             return ReplyState(self.applied_offset, "popular", Level.POPULAR, reasons, 0)
-        version = scores.model_version or "formula"
-        return ReplyState(self.applied_offset, version, scores.level, scores.reasons, age_ms, quality)
+        version, level, reasons = scores.model_version or "formula", scores.level, scores.reasons
+        if by is not None and by.problem:
+            level, reasons = max(level, Level.LAST_GOOD), (*reasons, f"ranker: {by.problem}")
+        elif by is not None:
+            version = f"{version}+{by.version}"
+        return ReplyState(self.applied_offset, version, level, reasons, age_ms, quality)
 
 
 def _nothing() -> None: ...

@@ -15,6 +15,8 @@ LiverankError
 ├── Draining               starting, draining or stopped               → UNAVAILABLE
 ├── LogError               the durable log cannot be read or written   → UNAVAILABLE
 │   └── LogFull            no space left to write to it                → RESOURCE_EXHAUSTED
+├── StoreError             viewers' embeddings cannot be read (never reaches a caller: ranked without, and said so)
+│   └── StoreTimeout       … within its time
 ├── SnapshotError          a snapshot cannot be written or used (never reaches a caller: an older one is used)
 └── ScoringError           the model gave no usable scores (never reaches a caller: the ladder degrades)
     ├── ScorerUnavailable  not reachable, or its process is broken
@@ -98,6 +100,14 @@ class LogError(LiverankError):
 
 class LogFull(LogError):
     """There is no space left to write to the log; nothing was written."""
+
+
+class StoreError(LiverankError):
+    """The store of viewers' embeddings did not answer, or with an error."""
+
+
+class StoreTimeout(StoreError):
+    """The store did not answer in time."""
 
 
 class SnapshotError(LiverankError):

@@ -28,6 +28,7 @@ from server.retrieval.streams import StreamState
 from server.rules.bits import count_by_first_rule
 from server.scoring.refresh import RefreshResult
 from server.telemetry.metrics import Metrics
+from server.viewers.table import ViewerTable
 
 _CAUSES = ("lease_expired", "superseded", "reconciled")
 
@@ -38,9 +39,8 @@ class Recorder:
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         # Looked up once: `labels` costs more than the increment, and this runs per batch.
-        self._stages = {
-            stage: metrics.stage_seconds.labels(stage) for stage in ("queue", "retrieve", "blend", "select", "verify")
-        }
+        stages = ("queue", "retrieve", "blend", "score", "select", "verify")
+        self._stages = {stage: metrics.stage_seconds.labels(stage) for stage in stages}
         self._served_by = [metrics.source_served.labels(source.name) for source in SOURCES]
         self._proposed_by = [metrics.source_candidates.labels(source.name) for source in SOURCES]
         self.model_transport: Callable[[], str] = lambda: ""
@@ -48,6 +48,7 @@ class Recorder:
         self._dead_by = {cause: metrics.dead_impressions.labels(cause.value) for cause in Cause}
         self._waits = {p: metrics.queue_wait_seconds.labels(p.name.lower()) for p in Priority}
         self._shed = {(r, p): metrics.shed.labels(r.value, p.name.lower()) for r in ShedReason for p in Priority}
+        self._viewers_forgotten = 0
         self.events_applied = 0
         self.events_rejected = 0
 
@@ -136,9 +137,15 @@ class Recorder:
             self._stages["queue"].observe(max(0.0, started_s - query.received_s))
         m.batch_rows.observe(len(slates.batch))
         m.rank_requests.labels("ok", level).inc(len(slates.batch))
+        if slates.ranked_by is not None:
+            self._stages["score"].observe(times.score_us / 1e6)
+            if slates.ranked_by.gone:
+                m.slate_drops.labels("score", "session_changed").inc(slates.ranked_by.gone)
         tally = slates.tally
         m.served.inc(tally.shown)
         m.exploration_served.inc(tally.explored)
+        if seen := int(slates.batch.seen.sum()):
+            m.seen_excluded.inc(seen)
         for counts, children in ((tally.served, self._served_by), (tally.proposed, self._proposed_by)):
             for count, child in zip(counts, children, strict=True):
                 child.inc(int(count))
@@ -165,6 +172,16 @@ class Recorder:
         if method in ("Rank", "RankBatch"):
             self.metrics.rank_requests.labels(code, "none").inc()
 
+    def embedding_looked_up(self, outcome: str, cached: bool) -> None:
+        """An embedding was looked up. Any thread."""
+        self.metrics.viewer_embeddings.labels(outcome, str(cached).lower()).inc()
+
+    def ranker_called(self, outcome: str, seconds: float) -> None:
+        """The ranker was asked about a batch, or was not because it fails."""
+        self.metrics.ranker_calls.labels(outcome).inc()
+        if outcome not in ("breaker_open", "busy"):
+            self.metrics.ranker_seconds.observe(seconds)
+
     def shed(self, reason: ShedReason, priority: Priority) -> None:
         """A request was turned away. Any thread."""
         self._shed[reason, priority].inc()
@@ -190,6 +207,10 @@ class Recorder:
         for state, count in zip(("live", "suspect", "ended"), table.count_states(), strict=True):
             m.streams.labels(state).set(count)
         m.queue_rows.set(queue_rows)
+        if isinstance(viewers := table.follower, ViewerTable):
+            m.viewers.set(len(viewers))
+            m.viewers_forgotten.inc(viewers.forgotten - self._viewers_forgotten)
+            self._viewers_forgotten = viewers.forgotten
         live = table.columns.state[: table.rows] == fence.LIVE
         for rule, count in count_by_first_rule(streams.book, streams.rule_bits[: table.rows][live]).items():
             m.excluded_by_rule.labels(rule).set(count)

@@ -14,6 +14,7 @@ import numpy as np
 from liverank.v1 import ingest_pb2 as pb
 
 from kernels.backend import CPU, Backend
+from kernels.idmap import hash_ids, pack_ids
 from server.clock import ManualClock
 from server.config import Settings
 from server.engine import Engine
@@ -27,6 +28,9 @@ from server.retrieval.view import Snapshot
 from server.rpc.encode import encode_replies
 from server.rules.rulebook import RuleBook
 from server.scoring.ladder import Level
+from server.scoring.ranker import RankerCaller
+from server.scoring.ranker_schema import empty_inputs
+from server.viewers.table import ViewerTable
 from server.world import build_world
 
 logger = logging.getLogger(__name__)
@@ -51,10 +55,20 @@ def warm_up(engine: Engine, backend: Backend = CPU) -> None:
     logger.info("warm after %.1f s", time.monotonic() - started_s)
 
 
+def warm_ranker(ranker: RankerCaller, settings: Settings, n_features: int) -> None:
+    """Has the ranker loaded and asked once; one that does not answer costs replies that say so, and no start."""
+    rows = empty_inputs(settings.ranker.candidates, n_features, settings.table.embedding_dim)
+    if problem := ranker.warm(rows, settings.ranker.warm_ms / 1000):
+        logger.error("%s does not answer yet: %s", settings.ranker.model, problem)
+
+
 def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, backend: Backend = CPU) -> None:
     """Takes a private table of a few streams through events, tick, ranking, explanation and encoding."""
     sizes = {"capacity": 2 * STREAMS, "max_events_per_batch": 2 * STREAMS}
-    small = settings.model_copy(update={"table": settings.table.model_copy(update=sizes)})
+    viewers = settings.viewers.model_copy(
+        update={"capacity": min(settings.viewers.capacity, 8), "sessions": 2 * STREAMS}
+    )
+    small = settings.model_copy(update={"table": settings.table.model_copy(update=sizes), "viewers": viewers})
     now_ms = 1_700_000_000_000
     clock = ManualClock(now_ms)
     name = resolve_engine(settings.retrieval.engine, backend)
@@ -69,6 +83,8 @@ def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, ba
     streams.assess(rows, now_ms)
     streams.apply_moderation(rows, now_ms)
     pipeline.snapshot = Snapshot(table, streams, settings.retrieval, now_ms, rows[::-1].copy())
+    if isinstance(table.follower, ViewerTable):
+        table.follower.histories(hash_ids(*pack_ids([b"v", b""])), now_ms)
     state = ReplyState(1, "warm-up", Level.NONE, (), 0)
     for batch_of in (_queries(settings, 1), _queries(settings, 9)):
         batch = build_batch(batch_of, table, book)
@@ -100,7 +116,7 @@ def _queries(settings: Settings, n: int) -> list[RankQuery]:
     return [
         RankQuery(
             request_id=f"r{i}",
-            viewer_id="",
+            viewer_id="v",
             embedding=None if i % 3 == 2 else np.full(dim, dim**-0.5, np.float32),
             surface="default",
             limit=10,

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from kernels.backend import Backend
 from server.clock import Clock
 from server.config import Settings
+from server.errors import ConfigError
 from server.live.features import FeatureSet
 from server.live.table import LiveTable
 from server.ranking.pipeline import Pipeline
 from server.retrieval.base import SearchEngine
 from server.retrieval.streams import StreamState
 from server.rules.rulebook import RuleBook
+from server.viewers.table import ViewerTable
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,15 @@ def build_world(
         on_host: told why, and for how many requests, the GPU's pipeline ranked on the host.
     """
     if search.name != "exact_gpu":
-        table = LiveTable(settings.table, search.embeddings, search.write_rows)
+        table = LiveTable(settings.table, search.embeddings, search.write_rows, follower=make_viewers(settings))
         streams = StreamState(table, features, book)
         return World(table, streams, search, Pipeline(settings, clock, table, streams, search))
     return _on_device(settings, clock, features, book, backend, search, on_host)
+
+
+def make_viewers(settings: Settings) -> ViewerTable | None:
+    """The table of viewers for these settings; None when none are remembered."""
+    return ViewerTable(settings.viewers, settings.table.embedding_dim) if settings.viewers.capacity else None
 
 
 def _on_device(
@@ -57,6 +64,11 @@ def _on_device(
     search: SearchEngine,
     on_host: Callable[[str, int], None],
 ) -> World:
+    if settings.ranker.model:
+        raise ConfigError(
+            "ranker.model: ranking on the GPU does not ask a ranker; set device.kind = 'cpu', which leaves the model "
+            "itself on the GPU if scoring.mode is 'triton', or leave ranker.model empty"
+        )
     # Imported here: on a CPU nothing of this is loaded.
     from server.live.device import DeviceTable
     from server.live.queue import DeviceQueue
@@ -67,8 +79,9 @@ def _on_device(
     assert isinstance(search, ExactGpuSearch)
     device = DeviceTable(backend, settings.table.capacity)
     table = LiveTable(
-        settings.table, search.embeddings, search.write_rows, lambda columns: DeviceQueue(device, columns)
-    )
+        settings.table, search.embeddings, search.write_rows, lambda columns: DeviceQueue(device, columns),
+        make_viewers(settings),
+    )  # fmt: skip
     queue = table.accumulators
     assert isinstance(queue, DeviceQueue)
     streams = DeviceStreamState(table, features, book, queue)

@@ -44,6 +44,33 @@ def table_memory(context: Context) -> Iterator[Finding]:
         )
 
 
+def viewer_memory(context: Context) -> Iterator[Finding]:
+    """Whether a full table of viewers, and the copy of it that a snapshot takes, fit beside the live table."""
+    from server.viewers.table import ViewerTable
+
+    settings = context.settings.viewers
+    if not settings.capacity:
+        return
+    one = settings.model_copy(update={"capacity": 1, "sessions": 1})
+    per_viewer, per_session = ViewerTable(one, context.settings.table.embedding_dim).nbytes_per_row()
+    sessions = settings.sessions * per_session
+    need = 2 * (settings.capacity * per_viewer + sessions)
+    free, where = available_bytes(context.root)
+    told = f"{_mib(need)} once {settings.capacity:,} viewers are known, with the copy for a snapshot"
+    left = None if free is None else free - PROCESS_BYTES - context.settings.table.capacity * bytes_per_row(context)
+    if left is None:
+        yield ok("memory.viewers", f"{told}; how much is free is not known on this system")
+    elif need <= left or context.neighbour is not None:
+        yield ok("memory.viewers", f"{told}; {_mib(left)} free beside the table ({where})")
+    else:
+        fits = max(0, int((left / 2 - sessions) / per_viewer))
+        yield warn(
+            "memory.viewers",
+            f"{told}, but {_mib(max(0, left))} free beside the table ({where}): it would be killed when they fill it",
+            f"Set viewers.capacity to {fits:,} or less, or give the machine or container more memory.",
+        )
+
+
 def snapshot_bytes_per_row(context: Context) -> int:
     """Estimated size on disk of one row; allocates one row."""
     import numpy as np

@@ -57,7 +57,7 @@ def pack_ask(number: int, client: str, priority: Priority, arrived_s: float, que
     if query.embedding is not None:
         parts.append(struct.pack("<H", len(query.embedding)))
         parts.append(query.embedding.tobytes())
-    for text in (client, query.request_id, query.viewer_id, query.surface, query.region):
+    for text in (client, query.request_id, query.viewer_id, query.surface, query.region, query.embedding_problem):
         _pack_text(parts, text)
     for texts in (query.languages, query.categories, query.followed_creator_ids, query.exclude_stream_ids):
         parts.append(struct.pack("<H", len(texts)))
@@ -78,7 +78,7 @@ def unpack_ask(message: bytes) -> Ask:
         return Ask(number, "", Priority.INTERACTIVE, 0.0, None)
     reader = _Reader(message, _ASK.size)
     embedding = reader.floats() if flags & _HAS_EMBEDDING else None
-    client, request_id, viewer_id, surface, region = (reader.text() for _ in range(5))
+    client, request_id, viewer_id, surface, region, problem = (reader.text() for _ in range(6))
     languages, categories, followed, excluded = (reader.texts() for _ in range(4))
     query = RankQuery(
         request_id=request_id,
@@ -95,6 +95,7 @@ def unpack_ask(message: bytes) -> Ask:
         min_offset=min_offset,
         deadline_s=deadline_s,
         received_s=arrived_s,
+        embedding_problem=problem,
     )
     return Ask(number, client, Priority(priority), arrived_s, query)
 

@@ -66,6 +66,8 @@ class HostAccumulators:
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
+        self.identity_version = np.zeros(len(columns.state), np.uint32)
+        """Changes whenever `identity_changed` is told of a row: for those who keep what they made of its names."""
 
     def count(self, events: Counted, landmark_ms: int) -> None:
         """See `Accumulators`."""
@@ -91,7 +93,8 @@ class HostAccumulators:
         """Nothing to do: there is one copy."""
 
     def identity_changed(self, slots: NDArray[np.int32]) -> None:
-        """Nothing to do: there is one copy."""
+        """See `Accumulators`. There is one copy, so it is only told."""
+        self.identity_version[slots] += np.uint32(1)
 
     def features(self, features: FeatureSet, slots: NDArray[np.int32], now_ms: int, landmark_ms: int) -> Features:
         """See `Accumulators`."""

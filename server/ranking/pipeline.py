@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from kernels.verify import FilterColumns, verify_picks
 from server.clock import Clock
 from server.config import Settings
 from server.live.table import LiveTable
+from server.ranking.ranker import Asked, RankerStage
 from server.ranking.slates import Candidates, SlateBatch, StageTimes
 from server.ranking.tally import tally_of
 from server.retrieval.base import SearchEngine
@@ -34,6 +35,24 @@ class Started:
     batch: QueryBatch
     quality: float
 
+    def wait_s(self) -> float:
+        """Seconds for which `finish` would wait for something that comes meanwhile."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Proposed(Started):
+    """A batch with its candidates. asked: what the ranker works on; None: there is none, or nothing to ask."""
+
+    filters: FilterColumns
+    candidates: Candidates
+    clock: _StageClock
+    asked: Asked | None
+
+    def wait_s(self) -> float:
+        """See Started."""
+        return 0.0 if self.asked is None else self.asked.call.wait_s()
+
 
 class Pipeline:
     """Ranks batches against the table. Called by the engine thread only."""
@@ -46,6 +65,7 @@ class Pipeline:
     ) -> None:
         self._settings, self._clock = settings, clock
         self._table, self._streams, self._search = table, streams, search
+        self.ranker: RankerStage | None = None
         self._followed_bit, self._fresh_bit = bit_of("followed"), bit_of("fresh")
         self.snapshot = Snapshot(table, streams, settings.retrieval, 0, np.zeros(0, np.int32))
 
@@ -57,6 +77,10 @@ class Pipeline:
         Args:
             quality: share of the candidates to score, in (0, 1]; enough to fill the slate are scored at any.
         """
+        return Pipeline.finish(self, Pipeline.start(self, batch, quality))  # on the host, whatever a subclass does
+
+    def start(self, batch: QueryBatch, quality: float = 1.0) -> Started:
+        """Begins with a batch. At most two may be started and not finished, and they are finished in order."""
         clock = _StageClock()
         filters = self.snapshot.filter_columns(batch.filters)
         views = [self._view(key, filters, v) for v, key in enumerate(batch.filters)]
@@ -64,18 +88,23 @@ class Pipeline:
         clock.stage("retrieve_us")
         utility, similarity = self._blend(batch, candidates[0], candidates[1])
         scored = Candidates(*candidates, utility, similarity)
+        asked = None if self.ranker is None else self.ranker.ask(batch, scored, self._clock.now_ms())
         clock.stage("blend_us")
-        selected = self._select(batch, scored)
-        clock.stage("select_us")
-        return self._verify(batch, filters, scored, selected, clock)
-
-    def start(self, batch: QueryBatch, quality: float = 1.0) -> Started:
-        """Begins with a batch. At most two may be started and not finished, and they are finished in order."""
-        return Started(batch, quality)
+        return Proposed(batch, quality, filters, scored, clock, asked)
 
     def finish(self, started: Started) -> SlateBatch:
-        """The slates of a batch, checked against the table as it is now."""
-        return self.rank(started.batch, started.quality)
+        """The slates of a batch, checked against the table as it is now. Waits `Started.wait_s`."""
+        assert isinstance(started, Proposed)
+        batch, filters, scored, clock = started.batch, started.filters, started.candidates, started.clock
+        ranked_by = None
+        if started.asked is not None:
+            assert self.ranker is not None
+            scored, ranked_by = self.ranker.answer(started.asked, batch, scored)
+            clock.stage("score_us")
+            filters = self.snapshot.filter_columns(batch.filters)  # names may have other numbers by now
+        selected = self._select(batch, scored)
+        clock.stage("select_us")
+        return replace(self._verify(batch, filters, scored, selected, clock), ranked_by=ranked_by)
 
     def trace(self, batch: QueryBatch) -> SlateBatch:
         """Like `rank`, on the host, with every candidate kept: for Explain."""

@@ -18,6 +18,7 @@ class StageTimes:
 
     retrieve_us: int = 0
     blend_us: int = 0
+    score_us: int = 0
     select_us: int = 0
     verify_us: int = 0
 
@@ -27,7 +28,8 @@ class Candidates:
     """B x K candidates as they were scored; what Explain and the exposure record read.
 
     slots int32[B, K] (-1 padding), sources uint32[B, K], counts int32[B], excluded int32[B] (dropped
-    because the request excludes them), utility and similarity float32[B, K].
+    because the request excludes them), utility and similarity float32[B, K]. heads float32[B, K, 4]: the ranker's
+    answer, NaN where it was not asked; None without one.
     """
 
     slots: NDArray[np.int32]
@@ -36,6 +38,19 @@ class Candidates:
     excluded: NDArray[np.int32]
     utility: NDArray[np.float32]
     similarity: NDArray[np.float32]
+    heads: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class RankedBy:
+    """What became of the ranker's part. version: that scored, such as "ranker/3", or "" and the ``problem``.
+
+    gone: candidates whose rows held another session when the answer came.
+    """
+
+    version: str
+    problem: str
+    gone: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,8 @@ class SlateBatch:
     candidates: Candidates | None = None
     selected: Slates | None = None
     popular: bool = False
+    ranked_by: RankedBy | None = None
+    """None: no ranker was asked."""
     wire: list[bytes] | None = None
     """The ``streams`` of each reply as wire bytes, where the device has written them already."""
 

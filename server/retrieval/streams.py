@@ -32,8 +32,15 @@ class StreamState:
         self.trend = np.full(capacity, np.nan, np.float32)
         self.exposures = np.zeros(capacity, np.uint32)
         self.session = np.zeros(capacity, np.uint32)
+        self.kept: Features | None = None
+        """Features of every row as they were last assessed, once `keep_features` was called."""
         self._session_epoch = np.full(capacity, -1, np.int64)
         self._session_generation = np.zeros(capacity, np.uint32)
+
+    def keep_features(self) -> None:
+        """From now on `assess` also keeps the features it computes; before any row is assessed."""
+        shape = (self._table.settings.capacity, len(self._features))
+        self.kept = Features(np.zeros(shape, np.float32), np.ones(shape, np.uint8))
 
     def set_book(self, book: RuleBook) -> None:
         """Takes other rules; every row must be assessed again before it is shown."""
@@ -76,6 +83,8 @@ class StreamState:
         bits = assess(self.book, self._features.names, features.values, reported, self.rule_bits[slots])
         self.rule_bits[slots] = bits | built_in(columns, slots, now_ms)
         self.boost[slots] = boosts(self.book, bits)
+        if self.kept is not None:
+            self.kept.values[slots], self.kept.states[slots] = features.values, features.states
         return features
 
     def set_trend(self, slots: NDArray[np.int32], scores: NDArray[np.float32]) -> None:

@@ -36,17 +36,23 @@ def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, star
     ).SerializeToString()
     times, replies = slates.times, []
     for b, request in enumerate(slates.batch.requests):
+        problem = f"viewer_embedding: {request.embedding_problem}" if request.embedding_problem else ""
         own = pb.RankResponse(
             request_id=request.request_id,
+            degradation=pb.Degradation(reasons=[problem]) if problem else None,
             timings=pb.Timings(
                 queue_us=max(0, int((started_s - request.received_s) * 1e6)),
                 retrieve_us=times.retrieve_us,
                 blend_us=times.blend_us,
+                score_us=times.score_us,
                 select_us=times.select_us,
                 verify_us=times.verify_us,
                 batch_rows=len(slates.batch),
             ),
-            notices=("limit_clamped",) if request.limit_clamped else (),
+            notices=[
+                *(("limit_clamped",) if request.limit_clamped else ()),
+                *(("seen_excluded",) if slates.batch.seen[b] else ()),
+            ],
         ).SerializeToString()
         replies.append(own + common + streams[b])
     return replies

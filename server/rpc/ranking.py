@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -29,12 +30,13 @@ from server.security.gate import Gate
 if TYPE_CHECKING:
     from server.engine import Engine
     from server.ranking.explain import Explanation
+    from server.viewers.embeddings import ViewerEmbeddings
 
 DEFAULT_DEADLINE_S = 30.0
 MAX_BATCH_VIEWERS = 4_096
 LEAST_STREAM_BYTES = 40
 """A ranked stream of a reply takes more, even with an id of one byte."""
-BATCH_THREADS = 8
+BATCH_THREADS, LOOKUP_THREADS = 8, 64
 _GONE = Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "the caller stopped waiting")
 
 
@@ -66,12 +68,22 @@ class RankingService:
 
     Args:
         engine: answers Explain, too; None: somebody else does.
+        embeddings: of viewers who bring none. Whoever waits for them must do so in a thread, so all calls get one.
     """
 
-    def __init__(self, port: RankPort, gate: Gate, recorder: Recorder, engine: Engine | None) -> None:
+    def __init__(
+        self,
+        port: RankPort,
+        gate: Gate,
+        recorder: Recorder,
+        engine: Engine | None,
+        embeddings: ViewerEmbeddings | None = None,
+    ) -> None:
         self._port, self._gate, self._recorder, self._engine = port, gate, recorder, engine
+        self._embeddings = embeddings
         # Thousands of viewers take tens of milliseconds to decode, and Explain waits for the engine.
         self._pool = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="rank-batch")
+        self._lookups = None if embeddings is None else ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="rank")
 
     def methods(self) -> dict[str, DirectMethod]:
         """The methods of the service, by full name."""
@@ -81,7 +93,7 @@ class RankingService:
         def add(name: str, parse: Callable[[bytes], Any], handler: Handler, pool: ThreadPoolExecutor | None) -> None:
             found[f"{_SERVICE}/{name}"] = turnstile.method(f"{_SERVICE}/{name}", parse, handler, pool)
 
-        add("Rank", pb.RankRequest.FromString, self._rank, None)
+        add("Rank", pb.RankRequest.FromString, self._rank, self._lookups)
         add("RankBatch", pb.RankBatchRequest.FromString, self._rank_batch, self._pool)
         if self._engine is not None:
             add("Explain", pb.ExplainRequest.FromString, partial(self._explain, self._engine), self._pool)
@@ -90,13 +102,17 @@ class RankingService:
     def close(self) -> None:
         """Lets the threads end."""
         self._pool.shutdown(wait=False)
+        if self._lookups is not None:
+            self._lookups.shutdown(wait=False)
 
     def _rank(self, request: pb.RankRequest, call: Call, priority: Priority, _: Identity) -> None:
         port = self._port
         query = decode_rank(request, port.settings, port.surfaces, _deadline_s(call))
         answer = RankAnswer(call, self._recorder)
-        port.rank([query], call.peer(), priority, call.arrived_s, lambda: answer)
+        port.rank(self._with_embeddings([query]), call.peer(), priority, call.arrived_s, lambda: answer)
         call.on_gone = answer.cancel
+        if call.ended:  # it left in between
+            answer.cancel()
 
     def _rank_batch(self, request: pb.RankBatchRequest, call: Call, priority: Priority, identity: Identity) -> None:
         requests = request.requests
@@ -113,11 +129,24 @@ class RankingService:
             for i, one in enumerate(requests)
         ]
         self._check_size([query.limit for query in queries])
+        queries = self._with_embeddings(queries)
         parts: list[Future[list[bytes]]] = self._port.rank(queries, call.peer(), priority, call.arrived_s, Future)
         call.on_gone = lambda: _cancel(parts)
         if call.ended:  # it left in between
             _cancel(parts)
         _answer_when_done(parts, call, self._recorder)
+
+    def _with_embeddings(self, queries: list[RankQuery]) -> list[RankQuery]:
+        """The same, with embeddings looked up for viewers who brought none."""
+        if self._embeddings is None:
+            return queries
+        wanted = [i for i, query in enumerate(queries) if query.embedding is None and query.viewer_id]
+        if not wanted:
+            return queries
+        found = self._embeddings.find([queries[i].viewer_id for i in wanted], queries[0].deadline_s)
+        for i, answer in zip(wanted, found, strict=True):
+            queries[i] = replace(queries[i], embedding=answer.embedding, embedding_problem=answer.problem)
+        return queries
 
     def _check_size(self, limits: list[int]) -> None:
         """Refuses before the work what certainly could not be sent after it."""
@@ -132,7 +161,8 @@ class RankingService:
 
         deadline_s = _deadline_s(call)
         check_stream_id("stream_id", request.stream_id)
-        query = decode_rank(request.request, engine.settings, engine.surfaces, deadline_s, "request.")
+        asked = decode_rank(request.request, engine.settings, engine.surfaces, deadline_s, "request.")
+        (query,) = self._with_embeddings([asked])
 
         def ask() -> Explanation | None:
             age_ms = engine.reply_state().score_age_ms

@@ -26,6 +26,7 @@ from server.errors import (
     ResumeGone,
     ScoringError,
     SnapshotError,
+    StoreError,
     Unauthenticated,
 )
 from server.recorder import Recorder
@@ -51,6 +52,7 @@ STATUS: dict[type[LiverankError], grpc.StatusCode] = {
     LogError: grpc.StatusCode.UNAVAILABLE,
     LogFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     SnapshotError: grpc.StatusCode.INTERNAL,  # the server goes on without it; if one escapes it is a bug
+    StoreError: grpc.StatusCode.INTERNAL,  # likewise
     ScoringError: grpc.StatusCode.INTERNAL,  # the ladder keeps these from callers; if one escapes it is a bug
     LiverankError: grpc.StatusCode.INTERNAL,
 }

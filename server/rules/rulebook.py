@@ -17,7 +17,7 @@ from server.errors import ConfigError
 BUILT_IN = ("ended", "stale", "blocked", "spam_marked", "unassessed")
 """Bits 0.. of the rule bits; set from the table, not from the file. All exclude."""
 assert len(BUILT_IN) == N_BUILT_IN  # what the GPU's kernel leaves room for
-PER_REQUEST = ("region", "age_rating", "language", "category", "excluded")
+PER_REQUEST = ("region", "age_rating", "language", "category", "excluded", "seen")
 """Rules that depend on who asks; they have no bit."""
 MAX_RULES = 32 - len(BUILT_IN)
 
@@ -53,11 +53,20 @@ class Surface(BaseModel):
     fresh_bonus: float = Field(0.1, ge=0.0, le=100.0)
     cold_start_trend: float = Field(0.2, ge=0.0, le=1.0)
     boost_weight: float = Field(1.0, ge=0.0, le=100.0)
+    click_weight: float = Field(0.5, ge=0.0, le=100.0)
+    watch_weight: float = Field(1.0, ge=0.0, le=100.0)
+    purchase_weight: float = Field(2.0, ge=0.0, le=100.0)
+    report_weight: float = Field(5.0, ge=0.0, le=100.0)
     diversity: float = Field(0.15, ge=0.0, le=100.0)
     creator_cap: int = Field(2, ge=0)
     category_share: float = Field(0.5, gt=0.0, le=1.0)
     exploration_share: float = Field(0.08, ge=0.0, le=0.5)
     max_age_rating: int = Field(18, ge=0, le=21)
+
+    @property
+    def head_weights(self) -> tuple[float, float, float, float]:
+        """What a probability of each of the ranker's heads adds to the utility: click, watch, purchase, report."""
+        return self.click_weight, self.watch_weight, self.purchase_weight, -self.report_weight
 
 
 @dataclass(frozen=True)

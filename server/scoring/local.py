@@ -6,13 +6,16 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from server.errors import BadScores, SchemaMismatch, ScorerTimeout, ScorerUnavailable, ScoringError
 from server.scoring.base import Scores
@@ -62,7 +65,7 @@ class LocalScorer:
         ends_at = time.monotonic() + deadline_s
         model = self._newest()
         label = f"{self._name}/{model.version}"
-        values = _run(model.session, rows, ends_at - time.monotonic(), label)
+        values = run_session(model.session, OUTPUT, {INPUT: rows}, ends_at - time.monotonic(), label)
         if time.monotonic() > ends_at:
             raise ScorerTimeout(f"{label} answered after {deadline_s * 1e3:.0f} ms")
         return Scores(checked_scores(values, len(rows), label), label)
@@ -97,7 +100,7 @@ class LocalScorer:
             config = parse_config((self._folder / "config.pbtxt").read_text())
         except OSError as error:
             raise ScorerUnavailable(f"{label}: {error}") from error
-        check_config(config, label, self._feature_schema, self._n_features)
+        self._check(config, label)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = max(1, min(2, os.cpu_count() or 1))
         options.inter_op_num_threads = 1
@@ -117,9 +120,12 @@ class LocalScorer:
         log.info("loaded %s", label)
         return _Model(version, session)
 
+    def _check(self, config: ModelConfig, label: str) -> None:
+        check_config(config, label, self._feature_schema, self._n_features)
 
-def _run(
-    session: onnxruntime.InferenceSession, rows: NDArray[np.float32], left_s: float, label: str
+
+def run_session(
+    session: onnxruntime.InferenceSession, output: str, inputs: Mapping[str, NDArray[Any]], left_s: float, label: str
 ) -> NDArray[np.float32]:
     """Runs the model, and stops it between two of its operators once ``left_s`` seconds are over."""
     options = onnxruntime.RunOptions()
@@ -132,7 +138,7 @@ def _run(
     timer = threading.Timer(max(left_s, 0.0), expire)
     timer.start()
     try:
-        values: NDArray[np.float32] = session.run([OUTPUT], {INPUT: rows}, options)[0]
+        values: NDArray[np.float32] = session.run([output], inputs, options)[0]
     except ORT_ERRORS as error:
         if expired.is_set():
             raise ScorerTimeout(f"{label} was stopped at the deadline") from error

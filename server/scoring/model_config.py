@@ -39,16 +39,7 @@ def render_config(
     """
     if n_features < 1:
         raise ConfigError(f"n_features: {n_features} is not positive")
-    parameters = {SCHEMA_PARAMETER: schema_hash}
-    parameters |= {f"metric.{name}": f"{value:.6g}" for name, value in (metrics or {}).items()}
-    for text in (model_name, *parameters):
-        if not _PLAIN.fullmatch(text):
-            raise ConfigError(f"model configuration: {text!r} may hold letters, digits and _ . : - only")
-    if not _PLAIN.fullmatch(schema_hash):
-        raise ConfigError(f"schema_hash: {schema_hash!r} may hold letters, digits and _ . : - only")
-    lines = "\n".join(
-        f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()
-    )
+    lines = parameter_lines(model_name, {SCHEMA_PARAMETER: schema_hash}, metrics or {})
     return f"""\
 # Written by the exporter (server/scoring/model_config.py); do not edit.
 name: "{model_name}"
@@ -65,6 +56,24 @@ version_policy {{ latest {{ num_versions: {VERSIONS_KEPT} }} }}
 # that wait behind others stall for seconds. Callers bound the queue: one call at a time, and a breaker.
 {lines}
 """
+
+
+def parameter_lines(model_name: str, schemas: Mapping[str, str], metrics: Mapping[str, float]) -> str:
+    """The lines of config.pbtxt with its parameters: schemas by parameter, each metric as ``metric.<name>``.
+
+    Raises:
+        ConfigError: something cannot be written.
+    """
+    parameters = {**schemas, **{f"metric.{name}": f"{value:.6g}" for name, value in metrics.items()}}
+    for text in (model_name, *parameters):
+        if not _PLAIN.fullmatch(text):
+            raise ConfigError(f"model configuration: {text!r} may hold letters, digits and _ . : - only")
+    for value in schemas.values():
+        if not _PLAIN.fullmatch(value):
+            raise ConfigError(f"schema_hash: {value!r} may hold letters, digits and _ . : - only")
+    return "\n".join(
+        f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()
+    )
 
 
 def parse_config(text: str) -> ModelConfig:

@@ -6,10 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
 from server.errors import BadScores, ScorerTimeout, ScorerUnavailable, ScoringError
@@ -110,9 +112,12 @@ class TritonScorer:
 
     def score(self, features: NDArray[np.float32], deadline_s: float) -> Scores:
         """See Scorer.score. The only copies are those of the transport itself."""
+        return self._answered(checked_features(features, self._n_features), deadline_s)
+
+    def _answered(self, rows: Any, deadline_s: float) -> Scores:
+        """The scores of rows that were checked, as the transport takes them."""
         if self._closed:
             raise ScorerUnavailable("the scorer is closed")
-        rows = checked_features(features, self._n_features)
         if self._diagnosing:
             raise ScorerTimeout(f"{self._model} at {self._address} did not answer in time; finding out why")
         ends_at = time.monotonic() + deadline_s
@@ -136,7 +141,7 @@ class TritonScorer:
         if self._healer is not None:
             self._healer.join(2.0)
 
-    def _ask(self, rows: NDArray[np.float32], ends_at: float) -> Scores:
+    def _ask(self, rows: Any, ends_at: float) -> Scores:
         if self._client is None:
             self._client = self._connect()
         if not self._model_accepted:
@@ -151,7 +156,7 @@ class TritonScorer:
             self._checked_version = version
         return Scores(values, label)
 
-    def _infer(self, client: InferenceServerClient, rows: NDArray[np.float32], ends_at: float) -> InferResult:
+    def _infer(self, client: InferenceServerClient, rows: Any, ends_at: float) -> InferResult:
         for may_be_lost in (True, False):
             call = self._tensors.prepare(client, rows, _left_s(ends_at))
             try:
@@ -166,9 +171,13 @@ class TritonScorer:
         raise AssertionError("not reached: the second turn returns or raises")
 
     def _check(self, client: InferenceServerClient, version: str, ends_at: float) -> None:
+        config, label = self._config_of(client, version, ends_at)
+        check_config(config, label, self._feature_schema, self._n_features)
+
+    def _config_of(self, client: InferenceServerClient, version: str, ends_at: float) -> tuple[ModelConfig, str]:
+        """What Triton says about the model, and how errors name it."""
         reply = client.get_model_config(self._model, version, client_timeout=_left_s(ends_at))
-        label = f"{self._model}/{version or 'newest'} at {self._address}"
-        check_config(reply.config, label, self._feature_schema, self._n_features)
+        return reply.config, f"{self._model}/{version or 'newest'} at {self._address}"
 
     def _decode(self, result: InferResult, n_rows: int, label: str) -> NDArray[np.float32]:
         """float32[n_rows]."""
@@ -212,10 +221,9 @@ class TritonScorer:
         """Asks about one row with patience; a model that is only slow, or a Triton that hangs, is left alone."""
         self._diagnosing = True
         client = self._connect()
-        row = np.zeros((1, self._n_features), np.float32)
-        tensor = InferInput(INPUT, row.shape, "FP32").set_data_from_numpy(row)
+        tensors = self._probe()
         try:
-            client.infer(self._model, [tensor], client_timeout=DIAGNOSE_TIMEOUT_S)
+            client.infer(self._model, tensors, client_timeout=DIAGNOSE_TIMEOUT_S)
         except InferenceServerException as error:
             broken = (error.status() or "").removeprefix("StatusCode.") == "INTERNAL"
         else:
@@ -225,6 +233,11 @@ class TritonScorer:
             client.close()
         if broken:
             self._heal()
+
+    def _probe(self) -> list[InferInput]:
+        """One row for the model, which row does not matter."""
+        row = np.zeros((1, self._n_features), np.float32)
+        return [InferInput(INPUT, row.shape, "FP32").set_data_from_numpy(row)]
 
     def _heal(self) -> None:
         """Unloads and loads the model, on a connection of its own. Runs in the thread ``triton-heal``."""

@@ -116,6 +116,21 @@ class Metrics:
             registry=r,
         )
         self.served = Counter("liverank_served_total", "Streams served", registry=r)
+        self.seen_excluded = Counter(
+            "liverank_seen_excluded_total",
+            "Live streams kept from a request because its viewer reported or watched them, candidates or not",
+            registry=r,
+        )
+        self.viewers = Gauge("liverank_viewers", "Viewers that are remembered", registry=r)
+        self.viewer_embeddings = Counter(
+            "liverank_viewer_embeddings_total",
+            "Viewers' embeddings looked up, by outcome: found, absent, or what failed; cached says where it came from",
+            ["outcome", "cached"],
+            registry=r,
+        )
+        self.viewers_forgotten = Counter(
+            "liverank_viewers_forgotten_total", "Viewers that gave way to others: the table is full", registry=r
+        )
         self.excluded_by_rule = Gauge(
             "liverank_streams_excluded",
             "Streams kept out now, by first rule that excludes them",
@@ -132,6 +147,12 @@ class Metrics:
         )
         self.model_calls = Counter(
             "liverank_model_calls_total", "Calls of the trendiness model", ["outcome"], registry=r
+        )
+        self.ranker_calls = Counter(
+            "liverank_ranker_calls_total", "Batches by what became of their call of the ranker", ["outcome"], registry=r
+        )
+        self.ranker_seconds = Histogram(
+            "liverank_ranker_seconds", "Ranker: asked to answered or given up", buckets=_SECONDS, registry=r
         )
         self.model_transport = Gauge(
             "liverank_model_transport", "1 for the way tensors travel to the model now", ["transport"], registry=r

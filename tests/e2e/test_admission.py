@@ -166,13 +166,13 @@ def test_waits_are_measured_from_arrival_by_priority(tmp_path: Path) -> None:
 def test_a_request_with_a_far_deadline_does_not_hold_up_one_with_a_near_one(tmp_path: Path) -> None:
     with running_app(tmp_path, serve={"port": 0, "metrics_port": 0, "max_batch_rows": 1}) as client:
         order: list[str] = []
-        original = client.app.engine.pipeline.rank
+        original = client.app.engine.pipeline.start
 
         def watched(batch: Any, quality: float = 1.0) -> Any:
             order.extend(request.request_id for request in batch.requests)
             return original(batch, quality)
 
-        client.app.engine.pipeline.rank = watched  # type: ignore[method-assign]
+        client.app.engine.pipeline.start = watched  # type: ignore[method-assign]
         own = [("grpc.use_local_subchannel_pool", 1)]
         with grpc.insecure_channel(f"127.0.0.1:{client.app.port}", options=own) as other:
             hurried = other.unary_unary("/liverank.v1.Ranking/Rank")

@@ -102,13 +102,13 @@ def test_a_fault_while_ranking_fails_that_batch_only(tmp_path: Path) -> None:
         client.publish(started("s", 0))
         client.tick()
         pipeline = client.app.engine.pipeline
-        original = pipeline.rank
+        original = pipeline.start
 
         def broken(*_: Any) -> Any:
-            pipeline.rank = original  # type: ignore[method-assign]
+            pipeline.start = original  # type: ignore[method-assign]
             raise RuntimeError("a bug")
 
-        pipeline.rank = broken  # type: ignore[method-assign]
+        pipeline.start = broken  # type: ignore[method-assign]
         with pytest.raises(grpc.RpcError) as failed:
             client.rank()
         code, details = status_of(failed.value)

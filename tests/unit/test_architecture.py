@@ -26,12 +26,21 @@ ALLOWED: dict[str, set[str]] = {
     "server.security": {*LEAVES},
     "server.live": {"kernels", *LEAVES},
     "server.log": {"server.live", *LEAVES},
-    "server.scoring": {*LEAVES},
+    "server.scoring": {"kernels", *LEAVES},
+    "server.viewers": {"kernels", "server.live", "server.scoring.ranker_schema", "server.scoring.ladder", *LEAVES},
     "server.batching": set(),
     "server.admission": {"server.batching", *LEAVES},
     "server.rules": {"kernels", "server.live", *LEAVES},
-    "server.retrieval": {"kernels", "server.live", "server.rules", *LEAVES},
-    "server.ranking": {"kernels", "server.live", "server.rules", "server.retrieval", "server.scoring", *LEAVES},
+    "server.retrieval": {"kernels", "server.live", "server.rules", "server.viewers", *LEAVES},
+    "server.ranking": {
+        "kernels",
+        "server.live",
+        "server.rules",
+        "server.retrieval",
+        "server.scoring",
+        "server.viewers",
+        *LEAVES,
+    },
 }
 
 
@@ -82,7 +91,7 @@ def run(program: str) -> None:
 def test_serving_and_the_demo_load_neither_torch_nor_training_code() -> None:
     run(
         "import sys, server.app, server.__main__, server.scoring.triton, server.scoring.local, loadtest.demo;"
-        "bad = {'torch', 'onnx', 'pandas', 'cupy', 'cudf', 'models', 'confluent_kafka'} & set(sys.modules);"
+        "bad = {'torch', 'onnx', 'pandas', 'cupy', 'cudf', 'models', 'confluent_kafka', 'redis'} & set(sys.modules);"
         "assert not bad, bad"
     )
 

@@ -185,6 +185,19 @@ def test_version_1_of_control_groups_is_read(tmp_path: Path) -> None:
     assert memory.available_bytes(root)[0] == 700
 
 
+def test_viewers_that_will_not_fit_are_warned_of_with_how_many_would(tmp_path: Path) -> None:
+    root = machine_with(tmp_path, 800)
+    told = found(memory.viewer_memory, context(tmp_path, root=root))["memory.viewers"]
+    assert told.status is Status.WARN and "1,000,000 viewers" in told.found
+    fits = int(told.mend.split("to ")[1].split(" or")[0].replace(",", ""))
+    assert 0 < fits < 1_000_000 and all_ok(
+        memory.viewer_memory, context(tmp_path, root=root, viewers={"capacity": fits})
+    )
+    assert not found(memory.viewer_memory, context(tmp_path, root=root, viewers={"capacity": 0}))
+    unknown = found(memory.viewer_memory, context(tmp_path, root=tmp_path / "nowhere"))["memory.viewers"]
+    assert unknown.status is Status.OK and "not known" in unknown.found
+
+
 def test_unknown_memory_is_said_not_guessed(tmp_path: Path) -> None:
     told = found(memory.table_memory, context(tmp_path, root=tmp_path / "nowhere"))["memory.table"]
     assert told.status is Status.OK and "not known" in told.found

@@ -127,6 +127,7 @@ queries = st.builds(
     min_offset=st.integers(0, 2**62),
     deadline_s=st.floats(0, 1e9),
     received_s=st.just(1.5),
+    embedding_problem=texts,
 )
 
 

@@ -2,7 +2,8 @@
 
 Triton starts this file in a stub process for every model whose configuration says
 ``platform: "onnxruntime_onnx"``. It loads ``model.onnx`` of the requested version, joins all waiting
-requests along the batch axis, runs once and splits the result.
+requests along the batch axis, runs once and splits the result. Requests of a model with several inputs run one by
+one: an input may be the index into another one, or have fewer rows.
 
 A version whose ONNX metadata names another ``feature_schema`` than the configuration does not load:
 one config.pbtxt covers all versions of a model, so only the file itself can tell.
@@ -61,11 +62,10 @@ class TritonPythonModel:
         groups = {}  # requests whose inputs differ only in the number of rows can share a run
         for position, request in enumerate(requests):
             arrays = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
-            rows = {array.shape[0] if array.ndim else None for array in arrays}
-            if len(rows) != 1 or None in rows:
-                responses[position] = _error(f"inputs disagree about the number of rows: {rows}")
+            if any(array.ndim == 0 for array in arrays):
+                responses[position] = _error("an input is a scalar: rows wanted")
                 continue
-            key = tuple(array.shape[1:] for array in arrays)
+            key = tuple(array.shape[1:] for array in arrays) if len(arrays) == 1 else position
             groups.setdefault(key, []).append((position, arrays))
         for members in groups.values():
             for position, response in self._run(members):
