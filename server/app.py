@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from liverank.v1 import admin_pb2_grpc, liveness_pb2_grpc
 
+from kernels.backend import Backend, DeviceError, choose
 from server.admission.gate import Admission
 from server.clock import Clock
 from server.config import Settings
@@ -112,6 +113,16 @@ def open_ranker(
 
         ranker = LocalRanker(scoring.model_repository, name, *sizes)
     return RankerCaller(ranker, settings.ranker, clock, on_call, on_answer)
+
+
+def open_device(settings: Settings) -> Backend:
+    """The device that this process computes on. Raises ConfigError when the configured one cannot be used."""
+    try:
+        return choose(settings.device.kind, settings.device.allow_cpu)
+    except DeviceError as error:
+        raise ConfigError(
+            f"device.kind: {error} (device.allow_cpu = true, or device.kind = 'cpu', serves from the CPU)"
+        ) from error
 
 
 class App:

@@ -218,13 +218,3 @@ def open_embeddings(
     except ImportError as error:
         raise ConfigError(f"viewers.embeddings.url: needs the package redis (liverank[redis]): {error}") from error
     return ViewerEmbeddings(RedisStore(chosen), chosen, settings.table.embedding_dim, clock, on_lookup)
-
-
-def open_device(settings: Settings) -> Backend:
-    """The device that this process computes on. Raises ConfigError when the configured one cannot be used."""
-    try:
-        return choose(settings.device.kind, settings.device.allow_cpu)
-    except DeviceError as error:
-        raise ConfigError(
-            f"device.kind: {error} (device.allow_cpu = true, or device.kind = 'cpu', serves from the CPU)"
-        ) from error

@@ -76,11 +76,12 @@ def test_faults_of_a_request_become_its_status_and_the_next_call_is_answered(tmp
         def broken(*_: Any) -> Any:
             raise RuntimeError("planted")
 
-        original, client.app.engine.pipeline.rank = client.app.engine.pipeline.rank, broken  # type: ignore[method-assign]
+        pipeline = client.app.engine.pipeline
+        original, pipeline.start = pipeline.start, broken  # type: ignore[method-assign]
         with pytest.raises(grpc.RpcError) as failed:
             client.rank()
         assert status_of(failed.value) == ("INTERNAL", "Rank: internal fault; see the server's log")
-        client.app.engine.pipeline.rank = original  # type: ignore[method-assign]
+        pipeline.start = original  # type: ignore[method-assign]
         client.rank()
         assert in_hand(client) == 0
 
