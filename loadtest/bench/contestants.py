@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from loadtest.bench.catalogue import DIM, Catalogue, make_catalogue
 from loadtest.bench.child import start_child
 from loadtest.bench.fill import fill, wait_until_scored
 from loadtest.bench.load import Ask
-from loadtest.processes import Server, cpu_seconds, start_server
+from loadtest.processes import Server, children_of, cpu_seconds, start_server
 
 OURS, CONSTANT, THREADS, TEXTBOOK, TEXTBOOK_MMR = "ours", "constant", "constant_threads", "textbook", "textbook_mmr"
+BEHIND_EDGES, EDGES = "ours_behind_edges", 2
 OLDEST_MS = 7_200_000
 """Starts are spread over two hours: if every stream were fresh, each tick of ours would do the work of a mass start."""
 OUR_DIVERSITY = 0.15
@@ -35,9 +37,20 @@ class Contestant:
     rank_batch: Ask
 
     @property
+    def pids(self) -> list[int]:
+        """Its process, and those that it started."""
+        return [self.server.process.pid, *children_of(self.server.process.pid)]
+
+    @property
     def cpu_s(self) -> float:
-        """CPU time its process has used, seconds."""
-        return cpu_seconds(self.server.process.pid)
+        """CPU time its processes have used, seconds."""
+        return sum(cpu_seconds(pid) for pid in self.pids)
+
+    @property
+    def engine_cpu_s(self) -> float:
+        """CPU time of the engine behind edges, seconds."""
+        children = children_of(self.server.process.pid)
+        return sum(cpu_seconds(pid) for pid, line in children.items() if "-m server engine " in line)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -45,11 +58,16 @@ class Contestant:
 
         Ours works between requests too (ticks, scoring); on shared cores that would slow the others down.
         """
-        self.server.process.send_signal(signal.SIGCONT)
+        self.tell(signal.SIGCONT)
         try:
             yield
         finally:
-            self.server.process.send_signal(signal.SIGSTOP)
+            self.tell(signal.SIGSTOP)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Sends a signal to all its processes."""
+        for pid in self.pids:
+            os.kill(pid, number)
 
 
 def our_settings(streams: int) -> dict[str, dict[str, object]]:
@@ -83,6 +101,11 @@ def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str,
         reply_file = folder / "reply"
         reply_file.write_bytes(reply)
         started = {OURS: ours}
+        behind = {**our_settings(streams)}
+        behind["serve"] = {"edges": EDGES}
+        edged = stack.enter_context(_running(BEHIND_EDGES, start_server(folder / BEHIND_EDGES, behind)))
+        _fill_and_ask(edged.server.address, catalogue, sample)
+        started[BEHIND_EDGES] = edged
         n = ("--streams", str(streams))
         for name, module, arguments in (
             (CONSTANT, "loadtest.bench.constant", ("--reply-file", str(reply_file), "--transport", "direct")),
@@ -92,8 +115,12 @@ def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str,
         ):
             started[name] = stack.enter_context(_running(name, start_child(folder / name, module, *arguments)))
         for contestant in started.values():
-            contestant.server.process.send_signal(signal.SIGSTOP)
-        yield started
+            contestant.tell(signal.SIGSTOP)
+        try:
+            yield started
+        finally:
+            for contestant in started.values():
+                contestant.tell(signal.SIGCONT)
 
 
 def _fill_and_ask(address: str, catalogue: Catalogue, sample: bytes) -> bytes:

@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.bench.catalogue import as_batches, as_bytes, rank_requests
-from loadtest.bench.contestants import CONSTANT, OURS, TEXTBOOK, TEXTBOOK_MMR, THREADS, Contestant, contestants
+from loadtest.bench.contestants import (
+    BEHIND_EDGES,
+    CONSTANT,
+    EDGES,
+    OURS,
+    TEXTBOOK,
+    TEXTBOOK_MMR,
+    THREADS,
+    Contestant,
+    contestants,
+)
 from loadtest.bench.load import Ask, LoadReport, closed_loop
 from loadtest.bench.openloop import open_loop
 from loadtest.bench.serve_report import print_result
@@ -84,6 +94,7 @@ def run_serve(plan: Plan = DEFAULT) -> int:
     rows: list[dict[str, Any]] = []
     batches: list[dict[str, Any]] = []
     open_rows: list[dict[str, Any]] = []
+    edges: dict[str, Any] = {}
     for n in plan.streams:
         with (
             tempfile.TemporaryDirectory(prefix="liverank-bench-") as folder,
@@ -92,10 +103,12 @@ def run_serve(plan: Plan = DEFAULT) -> int:
             cells = {c: _rank(servers, asked, n, c, plan) for c in plan.concurrency}
             rows += cells.values()
             textbook_cpu_ms = cells[max(cells)][TEXTBOOK]["cpu_ms_per_reply"]
+            if n == plan.headline[0]:
+                edges = _behind_edges(servers, asked, plan)
             batches.append(_rank_batch(servers[OURS], as_batches(requests, BATCH_VIEWERS), n, textbook_cpu_ms, plan))
             if n == plan.headline[0]:
                 open_rows = _open_loop(servers, asked, cells[plan.headline[1]], plan)
-    result = _result(plan, rows, batches, open_rows)
+    result = _result(plan, rows, batches, open_rows) | {"edges": edges}
     result |= _where(load_before, time.monotonic() - begun_s)
     print_result(result)
     return 1 if result["errors"] else 0
@@ -149,6 +162,19 @@ def _rank_batch(ours: Contestant, requests: list[bytes], n: int, textbook_cpu_ms
         "batch_speedup": round(textbook_cpu_ms / cpu_ms, 3),
         "errors": _errors(t.load for t in turns),
     }
+
+
+def _behind_edges(servers: dict[str, Contestant], requests: list[bytes], plan: Plan) -> dict[str, Any]:
+    """The same server behind edges, which share two cores with its engine here: what matters is the engine's share."""
+    edged, (_, callers) = servers[BEHIND_EDGES], plan.headline
+    turns, shares = [], []
+    for _ in range(plan.rounds):
+        with edged.awake():
+            engine_s, all_s = edged.engine_cpu_s, edged.cpu_s
+            turns.append(_turn(edged, edged.rank, requests, callers, plan.seconds))
+        with edged.awake():
+            shares.append((edged.engine_cpu_s - engine_s) / max(edged.cpu_s - all_s, CPU_RESOLUTION_S))
+    return _summary(turns) | {"edges": EDGES, "engine_share": round(_median(shares), 3)}
 
 
 def _open_loop(

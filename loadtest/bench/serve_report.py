@@ -16,6 +16,13 @@ def print_result(result: dict[str, Any]) -> None:
     console = Console(width=150)
     console.print(_grid(result["rows"]))
     console.print(_batches(result["batch_rows"]))
+    if edges := result["edges"]:
+        console.print(
+            f"Behind {edges['edges']} edges, {result['concurrency']} callers: {edges['rps']:,}/s, "
+            f"{edges['cpu_ms_per_reply']:.3f} ms CPU per reply in all processes, the engine's share "
+            f"{edges['engine_share']:.0%}.",
+            highlight=False,
+        )
     console.print(_open_loop(result))
     console.print(
         f"CPU is the server's, ms per reply. Floor: {result['floor']}. {result['machine']}, commit "
