@@ -115,12 +115,11 @@ def _sampled_floors(
     """float32[B]: a score over the query's length that, very probably, ``keep`` eligible rows reach; -inf: none."""
     floors = np.full(len(mask_of), -np.inf, np.float32)
     groups = n // GROUP_ROWS
-    stride = groups // max(_MIN_SAMPLE_GROUPS, min(groups // _SAMPLED, _MAX_SAMPLE_GROUPS))
-    if stride < 3 or n <= 4 * keep:
-        return floors
+    stride = max(1, groups // max(_MIN_SAMPLE_GROUPS, min(groups // _SAMPLED, _MAX_SAMPLE_GROUPS)))
     expected = keep / stride
     rank = int(expected + 3.0 * expected**0.5 + 3.0)  # three standard deviations: a second search is rare
-    sample = np.arange(stride // 2, groups, stride)
+    # A small table needs no floor; it is asked for nothing all the same, so that a warm-up on one compiles everything.
+    sample = np.arange(stride // 2, groups if stride > 2 and n > 4 * keep else 0, stride)
     scores = np.empty((BLOCK_QUERIES, len(sample) * GROUP_ROWS), np.float32)
     _sample(small, columns, words, mask_of, sample, rank, scores, np.zeros(BLOCK_QUERIES, np.uint16), floors)
     return floors
