@@ -16,7 +16,7 @@ from kernels import fence
 from kernels.blend import BlendWeights, blend
 from kernels.counters import COUNTERS, estimate_distinct, observe, scatter_decayed
 from kernels.dedup import WORDS
-from kernels.groups import first_per_group
+from kernels.groups import by_group, first_of_groups
 from kernels.idmap import IdMap
 from kernels.int8_rows import Int8Rows
 from kernels.merge import merge_candidates
@@ -197,7 +197,8 @@ def _groups(bench: Bench) -> Case:
     order = bench.rng.permutation(bench.n).astype(np.int32)
     eligible, category = bench.rng.random(bench.n) < ELIGIBLE_SHARE, bench.columns.category
     return Case(
-        "groups", bench.n, bench.n * (4 + 1 + 4), lambda: first_per_group(order, eligible, category, 20, CATEGORIES)
+        "groups", bench.n, bench.n * (4 + 4 + 4),
+        lambda: first_of_groups(by_group(order, category, CATEGORIES), eligible, 20),
     )
 
 
