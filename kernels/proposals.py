@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -12,6 +14,7 @@ from kernels.checks import require_array
 
 Ragged = tuple[NDArray[np.int32], NDArray[np.int64]]
 """Slots int32[T] of all queries, and offsets int64[B + 1]: query b's are offsets[b] to offsets[b + 1]."""
+_VIEW, _OFFSETS = 1, 2
 
 
 def join_proposals(
@@ -36,34 +39,30 @@ def join_proposals(
 
     Cost: 8 bytes written per proposal.
     """
-    batch = len(view_of)
     require_array("view_of", view_of, np.int32, (None,))
-    require_array("limits", limits, np.int32, (batch,))
-    if batch and not (int(view_of.min()) >= 0 and int(view_of.max()) < len(views)):
-        raise ValueError(f"view_of: must lie in [0, {len(views)})")
+    require_array("limits", limits, np.int32, (len(view_of),))
     for slots, offsets in found:
         require_array("found", slots, np.int32, (None,))
-        require_array("found", offsets, np.int64, (batch + 1,))
-        if int(offsets[0]) != 0 or int(offsets[-1]) != len(slots) or (np.diff(offsets) < 0).any():
-            raise ValueError("found: offsets must rise from 0 to the number of slots")
-    lengths = np.array([len(slots) for slots, _ in views], np.int64)
-    takes = np.maximum(np.minimum(limits, lengths[view_of]), 0) if batch else np.zeros(0, np.int64)
-    offsets = np.zeros(batch + 1, np.int64)
-    np.cumsum(takes, out=offsets[1:])
-    for _, of_source in found:
-        offsets += of_source
-    slots, sources = np.empty(int(offsets[-1]), np.int32), np.empty(int(offsets[-1]), np.uint32)
-    if batch == 0:
-        return slots, sources, offsets
-    heads = offsets[:-1].copy()
-    _copy_views(
-        np.concatenate([view[0] for view in views]), np.concatenate([view[1] for view in views]),
-        np.cumsum(lengths) - lengths, view_of, takes, heads, slots, sources,
+        require_array("found", offsets, np.int64, (len(view_of) + 1,))
+    view_slots, view_sources = (_joined([view[i] for view in views]) for i in (0, 1))
+    starts = np.array([0, *accumulate(len(slots) for slots, _ in views)], np.int64)
+    of_source = np.array([offsets for _, offsets in found], np.int64).reshape(len(found), len(view_of) + 1)
+    ends = np.array([len(slots) for slots, _ in found], np.int64)
+    fault, joined, sources, joined_offsets = _join(
+        view_slots, view_sources, starts, view_of, limits, _joined([slots for slots, _ in found]), of_source, ends,
+        np.array(bits, np.uint32),
     )  # fmt: skip
-    for (proposed, of_source), bit in zip(found, bits, strict=True):
-        if len(proposed):
-            _copy_found(proposed, of_source, np.uint32(bit), heads, slots, sources)
-    return slots, sources, offsets
+    if fault == _VIEW:
+        raise ValueError(f"view_of: must lie in [0, {len(views)})")
+    if fault == _OFFSETS:
+        raise ValueError("found: offsets must rise from 0 to the number of slots")
+    return joined, sources, joined_offsets
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
 def join_proposals_reference(
@@ -89,38 +88,52 @@ def join_proposals_reference(
 
 
 @njit(cache=True, nogil=True)
-def _copy_views(
+def _join(
     view_slots: NDArray[np.int32],
     view_sources: NDArray[np.uint32],
     starts: NDArray[np.int64],
     view_of: NDArray[np.int32],
-    takes: NDArray[np.int64],
-    heads: NDArray[np.int64],
-    slots: NDArray[np.int32],
-    sources: NDArray[np.uint32],
-) -> None:
-    """Writes each query's share of its view at its head, and moves the head behind it."""
-    for b in range(view_of.shape[0]):
-        start, head = starts[view_of[b]], heads[b]
-        for i in range(takes[b]):
-            slots[head + i] = view_slots[start + i]
-            sources[head + i] = view_sources[start + i]
-        heads[b] = head + takes[b]
-
-
-@njit(cache=True, nogil=True)
-def _copy_found(
-    proposed: NDArray[np.int32],
-    offsets: NDArray[np.int64],
-    bit: np.uint32,
-    heads: NDArray[np.int64],
-    slots: NDArray[np.int32],
-    sources: NDArray[np.uint32],
-) -> None:
-    for b in range(heads.shape[0]):
-        head, start = heads[b], offsets[b]
-        n = offsets[b + 1] - start
-        for i in range(n):
-            slots[head + i] = proposed[start + i]
-            sources[head + i] = bit
-        heads[b] = head + n
+    limits: NDArray[np.int32],
+    found: NDArray[np.int32],
+    of_source: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    bits: NDArray[np.uint32],
+) -> tuple[int, NDArray[np.int32], NDArray[np.uint32], NDArray[np.int64]]:
+    """(what does not fit, slots, sources, offsets); all sources' slots one after the other in ``found``."""
+    batch, n_sources = view_of.shape[0], of_source.shape[0]
+    offsets = np.zeros(batch + 1, np.int64)
+    fault = 0
+    for b in range(batch):
+        v = view_of[b]
+        if not 0 <= v < starts.shape[0] - 1:
+            fault = _VIEW
+            break
+        offsets[b + 1] = max(0, min(np.int64(limits[b]), starts[v + 1] - starts[v]))
+    for s in range(n_sources):
+        if of_source[s, 0] != 0 or of_source[s, batch] != ends[s]:
+            fault = _OFFSETS
+        for b in range(batch):
+            if of_source[s, b + 1] < of_source[s, b]:
+                fault = _OFFSETS
+            offsets[b + 1] += of_source[s, b + 1] - of_source[s, b]
+    total = 0 if fault else offsets.sum()
+    slots, sources = np.empty(total, np.int32), np.empty(total, np.uint32)
+    if fault:
+        return fault, slots, sources, offsets
+    n = 0
+    for b in range(batch):
+        start = starts[view_of[b]]
+        for i in range(start, start + max(0, min(np.int64(limits[b]), starts[view_of[b] + 1] - start))):
+            slots[n] = view_slots[i]
+            sources[n] = view_sources[i]
+            n += 1
+        first = 0
+        for s in range(n_sources):
+            bit = bits[s]
+            for i in range(first + of_source[s, b], first + of_source[s, b + 1]):
+                slots[n] = found[i]
+                sources[n] = bit
+                n += 1
+            first += ends[s]
+        offsets[b + 1] = n
+    return 0, slots, sources, offsets
