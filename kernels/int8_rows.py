@@ -100,7 +100,7 @@ def quantise_queries(queries: NDArray[np.float32]) -> Int8Queries:
 
 
 @njit(cache=True, nogil=True)
-def _scale_of(row: NDArray[np.float32]) -> tuple[float, float]:
+def _scale_of(row: NDArray[np.float32]) -> tuple[np.float32, np.float32]:
     """Largest |component| (NaN if one is no number) and the scale: 0 where the row cannot be made integers."""
     most = np.float32(0.0)
     for value in row:

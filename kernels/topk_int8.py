@@ -26,12 +26,15 @@ from kernels.vectors import (
     largest_of,
     lowest_bit,
     prefetch_lines,
+    reach_floor,
     reach_floors,
 )
 
 _BLOCK_WORDS = 32  # 2,048 rows: what is found among them is scored while they are in the second-level cache
 _WORD_GROUPS = WORD_ROWS // GROUP_ROWS
+_ALONE = 2  # as few queries as this are taken one by one: a block costs the same, however empty
 _LINE = 4 * GROUP_ROWS  # bytes of sixteen float32, int32, or four dimensions of sixteen rows
+_BLOCK_BYTES = 4 * BLOCK_QUERIES  # of a float32 or four dimensions of each query in a block
 _MIN_SAMPLE_GROUPS, _MAX_SAMPLE_GROUPS, _SAMPLED = 64, 256, 8
 """One group in eight is sampled, as long as that is not too few or too many."""
 _MIN_KEPT, _ALL_KEPT = 1024, 4096
@@ -176,7 +179,7 @@ def _sample(
                 masks[b - first] = words[mask_of[b], g // _WORD_GROUPS] >> shift
             approximate_scores(
                 packed_at + g * steps * _LINE, steps, bias_at + g * _LINE, scale_at + g * _LINE,
-                words_at + block * steps * 4 * BLOCK_QUERIES, factors_at + block * 8 * BLOCK_QUERIES, masks_at,
+                words_at + block * steps * _BLOCK_BYTES, factors_at + block * 2 * _BLOCK_BYTES, masks_at,
                 scores_at + i * _LINE, stride,
             )  # fmt: skip
         for b in range(first, last):
@@ -231,14 +234,8 @@ def _scan(
     is cut to its best ``keep`` and the floor raised to the worst of them. Rows come in the order of slots, so a later
     row that only equals the k-th loses the tie: dropping it is exact.
     """
-    packed_at, bias_at, scale_at = columns.packed.ctypes.data, columns.bias.ctypes.data, columns.scale.ctypes.data
-    radius_at, norm_at = columns.radius.ctypes.data, columns.norm.ctypes.data
-    words_at, factors_at = small.words.ctypes.data, small.factors.ctypes.data
-    queries_at, table_at, reached_at, floors_at = (
-        queries.ctypes.data, table.ctypes.data, reached.ctypes.data, floors.ctypes.data,
-    )  # fmt: skip
-    batch, dim, steps, n_words = mask_of.shape[0], table.shape[1], columns.packed.shape[1], words.shape[1]
-    row_bytes, row_lines = 4 * dim, -(-4 * dim // 64)
+    queries_at, table_at = queries.ctypes.data, table.ctypes.data
+    batch, dim, n_words = mask_of.shape[0], table.shape[1], words.shape[1]
     counts = np.zeros(batch, np.int64)
     worst = np.full(batch, -np.inf, np.float32)
     hits = np.empty(_BLOCK_WORDS * WORD_ROWS, np.int64)
@@ -246,37 +243,21 @@ def _scan(
         end = min(begin + _BLOCK_WORDS, n_words)
         for block in range(small.words.shape[0]):
             first = block * BLOCK_QUERIES
-            for pair in range(_WORD_GROUPS // 2 * (end - begin)):
-                g = _WORD_GROUPS * begin + 2 * pair
-                reach_floors(
-                    packed_at + g * steps * _LINE, steps, bias_at + g * _LINE, scale_at + g * _LINE,
-                    radius_at + g * _LINE, norm_at + g * _LINE, words_at + block * steps * 4 * BLOCK_QUERIES,
-                    factors_at + block * 8 * BLOCK_QUERIES, floors_at + first * 4, reached_at + pair * 4,
-                    8 * _BLOCK_WORDS,
-                )  # fmt: skip
-            for b in range(first, min(first + BLOCK_QUERIES, batch)):
-                mask, bits, query_at = words[mask_of[b]], reached[b - first], queries_at + b * 8 * dim
-                found = 0
-                for w in range(begin, end):
-                    word = bits[w - begin] & mask[w]
-                    while word:
-                        slot = w * WORD_ROWS + lowest_bit(word)
-                        word &= word - np.uint64(1)
-                        # Listed first and scored then: the processor fetches rows while it guesses branches.
-                        prefetch_lines(table_at + slot * row_bytes, row_lines)
-                        hits[found] = slot
-                        found += 1
-                count, least = counts[b], worst[b]
+            last = min(first + BLOCK_QUERIES, batch)
+            _mark(small, columns, floors, block, last - first, begin, end, reached)
+            for b in range(first, last):
+                query_at, count, least = queries_at + b * 8 * dim, counts[b], worst[b]
+                found = _list(reached[b - first], words[mask_of[b]], begin, end, table, hits)
                 for slot in hits[:found]:
-                    exact = canonical_inner(query_at, table_at + slot * row_bytes, dim)
+                    exact = canonical_inner(query_at, table_at + slot * 4 * dim, dim)
                     if not least < exact < _INFINITY:
                         continue
                     if count == keys.shape[1]:
                         best = np.sort(keys[b])[:keep]
                         keys[b, :keep] = best
                         count = keep
-                        last = np.int64(best[keep - 1] & np.uint64(0xFFFF_FFFF))
-                        least = canonical_inner(query_at, table_at + last * row_bytes, dim)
+                        lowest = np.int64(best[keep - 1] & np.uint64(0xFFFF_FFFF))
+                        least = canonical_inner(query_at, table_at + lowest * 4 * dim, dim)
                         if small.lengths[b] > 0.0:
                             floors[b] = max(floors[b], np.float32(least / small.lengths[b]))
                         if not least < exact:
@@ -288,3 +269,66 @@ def _scan(
     for b in range(batch):
         keys[b, counts[b] : most] = NO_HIT
     return most
+
+
+@njit(cache=True, nogil=True)
+def _mark(
+    small: Int8Queries,
+    columns: Int8Columns,
+    floors: NDArray[np.float32],
+    block: int,
+    n_queries: int,
+    begin: int,
+    end: int,
+    reached: NDArray[np.uint64],
+) -> None:
+    """Sets the bits, in ``reached``, of the rows of words ``begin`` to ``end`` that may reach a block's floors."""
+    steps = columns.packed.shape[1]
+    packed_at, bias_at, scale_at = columns.packed.ctypes.data, columns.bias.ctypes.data, columns.scale.ctypes.data
+    radius_at, norm_at, reached_at = columns.radius.ctypes.data, columns.norm.ctypes.data, reached.ctypes.data
+    words_at = small.words.ctypes.data + block * steps * _BLOCK_BYTES
+    factors_at = small.factors.ctypes.data + block * 2 * _BLOCK_BYTES
+    floors_at = floors.ctypes.data + block * _BLOCK_BYTES
+    if n_queries <= _ALONE:
+        for j in range(n_queries):
+            for w in range(end - begin):
+                g = _WORD_GROUPS * (begin + w)
+                reach_floor(
+                    packed_at + g * steps * _LINE, steps, bias_at + g * _LINE, scale_at + g * _LINE,
+                    radius_at + g * _LINE, norm_at + g * _LINE, words_at + 4 * j, factors_at + 4 * j, floors_at + 4 * j,
+                    reached_at + 8 * (_BLOCK_WORDS * j + w), 0,
+                )  # fmt: skip
+        return
+    for pair in range(_WORD_GROUPS // 2 * (end - begin)):
+        g = _WORD_GROUPS * begin + 2 * pair
+        reach_floors(
+            packed_at + g * steps * _LINE, steps, bias_at + g * _LINE, scale_at + g * _LINE,
+            radius_at + g * _LINE, norm_at + g * _LINE, words_at, factors_at, floors_at, reached_at + 4 * pair,
+            8 * _BLOCK_WORDS,
+        )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _list(
+    reached: NDArray[np.uint64],
+    mask: NDArray[np.uint64],
+    begin: int,
+    end: int,
+    table: NDArray[np.float32],
+    hits: NDArray[np.int64],
+) -> int:
+    """Writes the slots that are set in both into ``hits``, ascending; returns how many.
+
+    Listed first and scored then: the processor fetches rows while it guesses branches.
+    """
+    table_at, row_bytes, row_lines = table.ctypes.data, 4 * table.shape[1], -(-4 * table.shape[1] // 64)
+    found = 0
+    for w in range(begin, end):
+        word = reached[w - begin] & mask[w]
+        while word:
+            slot = w * WORD_ROWS + lowest_bit(word)
+            word &= word - np.uint64(1)
+            prefetch_lines(table_at + slot * row_bytes, row_lines)
+            hits[found] = slot
+            found += 1
+    return found

@@ -24,7 +24,6 @@ from numba.extending import intrinsic
 
 GROUP_ROWS = 16
 BLOCK_QUERIES = 8
-_GROUPS_AT_ONCE = 2  # sixteen sums in registers: each loaded row and each loaded query is used often enough
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
@@ -52,26 +51,19 @@ def reach_floors(
     ``bits + j·bits_stride`` gets a bit per row, set unless ``scale·dot·factors[0, j] + radius + norm·factors[1, j] <
     floors[j]`` is certain: a value that is no number sets it.
     """
+    return types.void(*[types.int64] * 11), _reach(groups=2, queries=BLOCK_QUERIES)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        packed, steps, bias, scale, radius, norm, words, factors, floors, bits, stride = arguments
-        dots = _int8_dots(builder, packed, bias, words, steps, _GROUPS_AT_ONCE)
-        for group in range(_GROUPS_AT_ONCE):
-            scales, radii, norms = (
-                _load(builder, address, group * GROUP_ROWS * 4, _FLOATS) for address in (scale, radius, norm)
-            )
-            for j in range(BLOCK_QUERIES):
-                unit = _spread(builder, _load(builder, factors, 4 * j, _F32))
-                doubt = _spread(builder, _load(builder, factors, 4 * (BLOCK_QUERIES + j), _F32))
-                floor = _spread(builder, _load(builder, floors, 4 * j, _F32))
-                margin = builder.fadd(builder.fmul(norms, doubt), radii)
-                bound = builder.fadd(builder.fmul(builder.fmul(dots[group][j], scales), unit), margin)
-                reached = builder.bitcast(builder.fcmp_unordered(">=", bound, floor), _I16)
-                place = builder.add(bits, builder.mul(stride, _I64(j)))
-                builder.store(reached, _pointer(builder, place, 2 * group, _I16), align=2)
-        return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 11), generate
+@intrinsic
+def reach_floor(
+    typing_context: Any, packed: Any, steps: Any, bias: Any, scale: Any, radius: Any, norm: Any, words: Any,
+    factors: Any, floors: Any, bits: Any, bits_stride: Any,
+) -> Any:  # fmt: skip
+    """As `reach_floors`, for four groups and one query of a block, which the last addresses are moved to.
+
+    For query j, words and factors and floors are those of the block plus 4·j; the uint64 at ``bits`` gets the bits.
+    """
+    return types.void(*[types.int64] * 11), _reach(groups=4, queries=1)
 
 
 @intrinsic
@@ -87,7 +79,7 @@ def approximate_scores(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         packed, steps, bias, scale, words, factors, masks, out, stride = arguments
-        dots = _int8_dots(builder, packed, bias, words, steps, 1)
+        dots = _int8_dots(builder, packed, bias, words, steps, groups=1, queries=BLOCK_QUERIES)
         scales = _load(builder, scale, 0, _FLOATS)
         nothing = ir.Constant(_FLOATS, [float("-inf")] * GROUP_ROWS)
         for j in range(BLOCK_QUERIES):
@@ -201,9 +193,33 @@ def float_bits(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
-def _int8_dots(builder: Any, packed: Any, bias: Any, words: Any, steps: Any, groups: int) -> Any:
-    """<16 x float>[groups][8]: inner products of groups with a block's queries, exact but for the rounding to float."""
-    sums = [[cgutils.alloca_once(builder, _INTS) for _ in range(BLOCK_QUERIES)] for _ in range(groups)]
+def _reach(groups: int, queries: int) -> Any:
+    """What `reach_floors` does; sixteen sums fit into registers, and each row or query loaded is used several times."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        packed, steps, bias, scale, radius, norm, words, factors, floors, bits, stride = arguments
+        dots = _int8_dots(builder, packed, bias, words, steps, groups, queries)
+        for group in range(groups):
+            scales, radii, norms = (
+                _load(builder, address, group * GROUP_ROWS * 4, _FLOATS) for address in (scale, radius, norm)
+            )
+            for j in range(queries):
+                unit = _spread(builder, _load(builder, factors, 4 * j, _F32))
+                doubt = _spread(builder, _load(builder, factors, 4 * (BLOCK_QUERIES + j), _F32))
+                floor = _spread(builder, _load(builder, floors, 4 * j, _F32))
+                margin = builder.fadd(builder.fmul(norms, doubt), radii)
+                bound = builder.fadd(builder.fmul(builder.fmul(dots[group][j], scales), unit), margin)
+                reached = builder.bitcast(builder.fcmp_unordered(">=", bound, floor), _I16)
+                place = builder.add(bits, builder.mul(stride, _I64(j)))
+                builder.store(reached, _pointer(builder, place, 2 * group, _I16), align=2)
+        return context.get_dummy_value()
+
+    return generate
+
+
+def _int8_dots(builder: Any, packed: Any, bias: Any, words: Any, steps: Any, groups: int, queries: int) -> Any:
+    """<16 x float>[groups][queries]: inner products, exact but for the rounding to float."""
+    sums = [[cgutils.alloca_once(builder, _INTS) for _ in range(queries)] for _ in range(groups)]
     for group in range(groups):
         begin = _load(builder, bias, group * GROUP_ROWS * 4, _INTS)
         for total in sums[group]:
@@ -216,7 +232,7 @@ def _int8_dots(builder: Any, packed: Any, bias: Any, words: Any, steps: Any, gro
             for group in range(groups)
         ]
         word = builder.add(words, builder.mul(loop.index, _I64(4 * BLOCK_QUERIES)))
-        for j in range(BLOCK_QUERIES):
+        for j in range(queries):
             query = _spread(builder, _load(builder, word, 4 * j, _I32))
             for group in range(groups):
                 total = builder.load(sums[group][j])
@@ -231,8 +247,9 @@ def _add_products(builder: Any, total: Any, query: Any, rows: Any) -> Any:
         instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
         return builder.call(instruction, [total, query, rows])
     count = 4 * GROUP_ROWS
-    bytes_, wide = ir.VectorType(_I8, count), ir.VectorType(_I32, count)
-    unsigned, signed = builder.zext(builder.bitcast(query, bytes_), wide), builder.sext(builder.bitcast(rows, bytes_), wide)
+    narrow, wide = ir.VectorType(_I8, count), ir.VectorType(_I32, count)
+    unsigned = builder.zext(builder.bitcast(query, narrow), wide)
+    signed = builder.sext(builder.bitcast(rows, narrow), wide)
     products = builder.mul(unsigned, signed)
     for part in range(4):
         total = builder.add(total, _pick(builder, products, list(range(part, count, 4))))

@@ -197,7 +197,9 @@ def _groups(bench: Bench) -> Case:
     order = bench.rng.permutation(bench.n).astype(np.int32)
     eligible, category = bench.rng.random(bench.n) < ELIGIBLE_SHARE, bench.columns.category
     return Case(
-        "groups", bench.n, bench.n * (4 + 4 + 4),
+        "groups",
+        bench.n,
+        bench.n * (4 + 4 + 4),
         lambda: first_of_groups(by_group(order, category, CATEGORIES), eligible, 20),
     )
 

@@ -64,8 +64,7 @@ class Interner:
     def numbers(self, names: Iterable[str]) -> list[int]:
         """What `find` finds, as a list: an array for each of a batch costs more than the look-ups."""
         found = {self._number.get(name) for name in names}
-        found.discard(None)
-        return sorted(found)  # type: ignore[type-var]
+        return sorted(number for number in found if number is not None)
 
     def restore(self, names: Sequence[str], used: NDArray[np.int32]) -> None:
         """Takes over ``names`` by number; ``used`` int32[rows] are the numbers that rows hold (0: none)."""

@@ -155,9 +155,7 @@ class Pipeline:
             [(view.slots, view.sources) for view in views], batch.filter_of, view_limits,
             [(proposals.slots, proposals.offsets) for proposals, _ in asked], [bit for _, bit in asked],
         )  # fmt: skip
-        return merge_candidates(
-            slots, sources, offsets, batch.excluded, batch.excluded_offsets, self._table.rows
-        )
+        return merge_candidates(slots, sources, offsets, batch.excluded, batch.excluded_offsets, self._table.rows)
 
     def _work(self, batch: QueryBatch, views: list[View], quality: float) -> tuple[Batch, NDArray[np.int32]]:
         """What query sources work on, and int32[B]: how much of its view each request takes at this quality."""

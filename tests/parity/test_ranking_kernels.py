@@ -96,9 +96,8 @@ def test_groups_equal_the_reference(seed: int) -> None:
     assert np.array_equal(
         first_of_groups(grouped, masks[0], most), first_of_groups_reference(order, group, masks[0], most)
     )
-    assert first_eligible(order, masks[1], most).tolist() == [
-        s for s in order.tolist() if s < masks.shape[1] and masks[1, s]
-    ][:most]
+    in_order = [s for s in order.tolist() if s < masks.shape[1] and masks[1, s]]
+    assert first_eligible(order, masks[1], most).tolist() == in_order[:most]
     wanted, offsets = ragged(rng, 4, 3, 7, low=-1)  # some that nobody knows
     mask_of = rng.integers(0, 2, 4).astype(np.int32)
     slots, ends = eligible_members(grouped, wanted, offsets, masks, mask_of, most)
@@ -116,9 +115,9 @@ def test_groups_refuse_what_does_not_fit_by_name() -> None:
     with pytest.raises(ValueError, match=r"^group: 0 to 0"):
         by_group(order, group + np.int32(1), 1)
     grouped, offsets = by_group(order, group, 1), np.array([0, 1])
-    with pytest.raises(ValueError, match="^offsets:"):
+    with pytest.raises(ValueError, match=r"^offsets:"):
         eligible_members(grouped, one, np.array([0, 2]), np.ones((1, 3), bool), one, 1)
-    with pytest.raises(ValueError, match="^mask_of:"):
+    with pytest.raises(ValueError, match=r"^mask_of:"):
         eligible_members(grouped, one, offsets, np.ones((1, 3), bool), one + np.int32(1), 1)
 
 
@@ -142,12 +141,12 @@ def test_joining_refuses_what_does_not_fit_by_name() -> None:
     view = (np.arange(3, dtype=np.int32), np.ones(3, np.uint32))
     of, limits, found = np.zeros(2, np.int32), np.ones(2, np.int32), (np.arange(2, dtype=np.int32), np.array([0, 1, 2]))
     for bad in (np.array([0, 1], np.int32), np.array([0, -1], np.int32)):
-        with pytest.raises(ValueError, match="^view_of:"):
+        with pytest.raises(ValueError, match=r"^view_of:"):
             join_proposals([view], bad, limits, [found], [1])
-    with pytest.raises(ValueError, match="^limits:"):
+    with pytest.raises(ValueError, match=r"^limits:"):
         join_proposals([view], of, limits[:1], [found], [1])
     for ends in ([0, 1, 3], [0, 3, 2], [1, 1, 2]):
-        with pytest.raises(ValueError, match="^found:"):
+        with pytest.raises(ValueError, match=r"^found:"):
             join_proposals([view], of, limits, [(found[0], np.array(ends))], [1])
 
 
