@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kernels.checks import require_array
 from kernels.vectors import canonical_inner, float_bits
 
+COMPILED_WITH = "f45d6cc95d0dae3c"  # vectors.py; see there
 _UNIT_ROUNDOFF = 2.0**-24
 _BLOCK_ROWS = 4096  # 1 MiB of table at D = 64, and a score tile that stays in the second-level cache
 _SAMPLE_ROWS = 2048
@@ -128,7 +129,7 @@ def rescore_topk(
     if queries.shape[0] and keep:
         keys = np.full(candidates.shape, NO_HIT, np.uint64)
         _rescore(queries.astype(np.float64), table, candidates, keys)
-        take_best(keys, slots, scores)
+        take_best(keys, keys.shape[1], slots, scores)
     return slots, scores
 
 
@@ -235,17 +236,17 @@ def _search(
         _collect(scores, first, eligible, mask_of, exact_queries, table, keep, errors, running, keys, counts)
     slots = np.full((batch, keep), -1, np.int32)
     scores = np.full((batch, keep), -np.inf, np.float32)
-    take_best(keys[:, : int(counts.max())], slots, scores)
+    take_best(keys, int(counts.max()), slots, scores)
     return slots, scores
 
 
-def take_best(keys: NDArray[np.uint64], slots: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
-    """Sorts keys uint64[B, P] and writes the best into the first places of slots and scores [B, k].
+def take_best(keys: NDArray[np.uint64], used: int, slots: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
+    """Sorts the first ``used`` of keys uint64[B, P] and writes the best into the first places of slots, scores [B, k].
 
-    Places beyond P or beyond the keys, which end at NO_HIT, stay as they are. See :func:`order_key`.
+    Places beyond those, or beyond the keys, which end at NO_HIT, stay as they are. See :func:`order_key`.
     """
-    keys.sort(axis=1)
-    _decode(keys, slots, scores)
+    keys[:, :used].sort(axis=1)
+    _decode(keys, used, slots, scores)
 
 
 def canonical_inner_reference(query: NDArray[np.float32], table: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -269,10 +270,10 @@ def order_key(score: np.float32, slot: np.int64) -> np.uint64:
 
 
 @njit(cache=True, nogil=True)
-def _decode(keys: NDArray[np.uint64], slots: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
+def _decode(keys: NDArray[np.uint64], used: int, slots: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
     for b in range(keys.shape[0]):
         bits = scores[b].view(np.uint32)
-        for i in range(min(keys.shape[1], slots.shape[1])):
+        for i in range(min(used, slots.shape[1])):
             key = keys[b, i]
             if key == NO_HIT:
                 break

@@ -30,6 +30,7 @@ from kernels.vectors import (
     reach_floors,
 )
 
+COMPILED_WITH = "2c5cdc6fa6415b33"  # vectors.py and topk.py; see the former
 _BLOCK_WORDS = 32  # 2,048 rows: what is found among them is scored while they are in the second-level cache
 _WORD_GROUPS = WORD_ROWS // GROUP_ROWS
 _ALONE = 2  # as few queries as this are taken one by one: a block costs the same, however empty
@@ -147,7 +148,7 @@ def _search(
     running[:batch] = floors
     reached = np.empty((BLOCK_QUERIES, _BLOCK_WORDS), "<u8")
     most = _scan(queries.astype(np.float64), small, table, columns, words, mask_of, keep, running, reached, keys)
-    take_best(keys[:, :most], slots[:, :keep], scores[:, :keep])
+    take_best(keys, most, slots, scores)
 
 
 @njit(cache=True, nogil=True)

@@ -3,7 +3,8 @@
 Numba knows no vectors, and LLVM turns neither of these loops into the instructions that they are made for: it is five
 times slower on the one and ten times on the other. All functions take addresses (``array.ctypes.data``) and count and
 check nothing. Whose address is taken must be an argument of the compiled function: Numba frees a local array when it is
-last mentioned. Numba's cache does not see a change in this file: touch the callers' files, too.
+last mentioned. Numba's cache knows a change of the calling file only: so that one names this file's digest, and a test
+compares (tests/unit/test_compiled_with.py).
 
 **int8.** Rows lie in groups of sixteen, four dimensions of each row side by side: ``packed int8[G, steps, 16, 4]``.
 Queries lie in blocks of eight likewise: ``words uint8[blocks, steps, 8, 4]``, each byte 128 more than its number,

@@ -154,7 +154,9 @@ def test_most_rows_are_ruled_out_without_being_scored(monkeypatch: pytest.Monkey
     problem = of_unit_length(search(4, 8, 20_000, 64, 1, 1.0, 200))
     widths = []
     original = topk_int8.take_best
-    monkeypatch.setattr(topk_int8, "take_best", lambda keys, *out: (widths.append(keys.shape[1]), original(keys, *out)))
+    monkeypatch.setattr(
+        topk_int8, "take_best", lambda keys, used, *out: (widths.append(used), original(keys, used, *out))
+    )
     assert found(problem).again == 0
     assert 200 <= widths[0] < 1_000, "of 20,000"
 
@@ -197,6 +199,14 @@ def test_all_equal_scores_return_the_lowest_eligible_slots() -> None:
     slots = found(problem).slots
     for b, mask in enumerate(problem["mask_of"]):
         np.testing.assert_array_equal(slots[b], np.flatnonzero(problem["eligible"][mask])[:300])
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+def test_a_query_without_direction_finds_rows_without_direction_too(batch: int) -> None:
+    """0·inf, no number, must rule nothing out."""
+    problem = search(2, batch, 300, 8, 1, 1.0, 5)
+    problem["queries"][:], problem["table"][:40] = 0.0, 0.0
+    assert assert_same_as_reference(problem).slots.tolist() == [[0, 1, 2, 3, 4]] * batch
 
 
 def test_a_row_that_was_written_again_is_found_by_what_it_is_now() -> None:
