@@ -125,11 +125,10 @@ def rescore_topk(
         raise ValueError(f"candidates: must lie in [-1, {table.shape[0]})")
     slots = np.full((queries.shape[0], k), -1, np.int32)
     scores = np.full((queries.shape[0], k), -np.inf, np.float32)
-    keep = min(k, candidates.shape[1])
-    if queries.shape[0] and keep:
+    if candidates.size:
         keys = np.full(candidates.shape, NO_HIT, np.uint64)
         _rescore(queries.astype(np.float64), table, candidates, keys)
-        take_best(keys, keys.shape[1], slots, scores)
+        take_best(keys, candidates.shape[1], slots, scores)
     return slots, scores
 
 

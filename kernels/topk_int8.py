@@ -30,7 +30,7 @@ from kernels.vectors import (
     reach_floors,
 )
 
-COMPILED_WITH = "2c5cdc6fa6415b33"  # vectors.py and topk.py; see the former
+COMPILED_WITH = "3f7b9307ca6072f2"  # vectors.py and topk.py; see the former
 _BLOCK_WORDS = 32  # 2,048 rows: what is found among them is scored while they are in the second-level cache
 _WORD_GROUPS = WORD_ROWS // GROUP_ROWS
 _ALONE = 2  # as few queries as this are taken one by one: a block costs the same, however empty
