@@ -18,12 +18,14 @@ from numba import njit
 from numpy.typing import NDArray
 
 from kernels.checks import require_array
+from kernels.vectors import canonical_inner, float_bits
 
+COMPILED_WITH = "f45d6cc95d0dae3c"  # vectors.py; see there
 _UNIT_ROUNDOFF = 2.0**-24
 _BLOCK_ROWS = 4096  # 1 MiB of table at D = 64, and a score tile that stays in the second-level cache
 _SAMPLE_ROWS = 2048
 _MIN_KEPT = 2048
-_NO_HIT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+NO_HIT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 
 def masked_topk(
@@ -53,7 +55,7 @@ def masked_topk(
     about 2.5·k rows per query re-scored from cache, 2·D flops each. All-equal scores cost more (up to N
     re-scored rows per query), never exactness.
     """
-    _check(queries, table, eligible, mask_of, k)
+    check_search(queries, table, eligible, mask_of, k)
     batch, rows = queries.shape[0], table.shape[0]
     slots = np.full((batch, k), -1, np.int32)
     scores = np.full((batch, k), -np.inf, np.float32)
@@ -84,7 +86,7 @@ def masked_topk_reference(
     k: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """What :func:`masked_topk` returns, bit for bit, by scoring and sorting every row."""
-    _check(queries, table, eligible, mask_of, k)
+    check_search(queries, table, eligible, mask_of, k)
     slots = np.full((queries.shape[0], k), -1, np.int32)
     scores = np.full((queries.shape[0], k), -np.inf, np.float32)
     for b, query in enumerate(queries):
@@ -123,11 +125,10 @@ def rescore_topk(
         raise ValueError(f"candidates: must lie in [-1, {table.shape[0]})")
     slots = np.full((queries.shape[0], k), -1, np.int32)
     scores = np.full((queries.shape[0], k), -np.inf, np.float32)
-    keep = min(k, candidates.shape[1])
-    if queries.shape[0] and keep:
-        keys = np.full(candidates.shape, _NO_HIT, np.uint64)
+    if candidates.size:
+        keys = np.full(candidates.shape, NO_HIT, np.uint64)
         _rescore(queries.astype(np.float64), table, candidates, keys)
-        slots[:, :keep], scores[:, :keep] = _decode(keys, keep)
+        take_best(keys, candidates.shape[1], slots, scores)
     return slots, scores
 
 
@@ -158,7 +159,7 @@ def rounding_errors(queries: NDArray[np.float32], table: NDArray[np.float32]) ->
     return errors
 
 
-def _check(
+def check_search(
     queries: NDArray[np.float32],
     table: NDArray[np.float32],
     eligible: NDArray[np.bool_],
@@ -221,7 +222,7 @@ def _search(
     batch, rows = queries.shape[0], table.shape[0]
     capacity = max(4 * keep, _MIN_KEPT)
     exact_queries = queries.astype(np.float64)
-    keys = np.full((batch, capacity), _NO_HIT, np.uint64)
+    keys = np.full((batch, capacity), NO_HIT, np.uint64)
     counts = np.zeros(batch, np.int64)
     running = floors.copy()
     tile = np.empty((batch, min(rows, _BLOCK_ROWS)), np.float32)
@@ -232,19 +233,19 @@ def _search(
         scores = tile if block.shape[0] == tile.shape[1] else np.empty((batch, block.shape[0]), np.float32)
         np.matmul(queries, block.T, out=scores)
         _collect(scores, first, eligible, mask_of, exact_queries, table, keep, errors, running, keys, counts)
-    return _decode(keys[:, : max(int(counts.max()), keep)], keep)
+    slots = np.full((batch, keep), -1, np.int32)
+    scores = np.full((batch, keep), -np.inf, np.float32)
+    take_best(keys, int(counts.max()), slots, scores)
+    return slots, scores
 
 
-def _decode(keys: NDArray[np.uint64], keep: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Sorted keys to slots and scores; see :func:`_key`."""
-    keys.sort(axis=1)
-    best = keys[:, :keep]
-    ordered = ~(best >> np.uint64(32)).astype(np.uint32)
-    positive = ordered >= np.uint32(0x8000_0000)
-    bits = np.where(positive, ordered ^ np.uint32(0x8000_0000), ~ordered)
-    missing = best == _NO_HIT
-    slots = np.where(missing, np.uint32(0xFFFF_FFFF), best.astype(np.uint32)).view(np.int32)
-    return slots, np.where(missing, np.float32(-np.inf), bits.view(np.float32))
+def take_best(keys: NDArray[np.uint64], used: int, slots: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
+    """Sorts the first ``used`` of keys uint64[B, P] and writes the best into the first places of slots, scores [B, k].
+
+    Places beyond those, or beyond the keys, which end at NO_HIT, stay as they are. See :func:`order_key`.
+    """
+    keys[:, :used].sort(axis=1)
+    _decode(keys, used, slots, scores)
 
 
 def canonical_inner_reference(query: NDArray[np.float32], table: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -260,49 +261,24 @@ def canonical_inner_reference(query: NDArray[np.float32], table: NDArray[np.floa
 
 
 @njit(cache=True, nogil=True)
-def canonical_inner(query: NDArray[np.float64], row: NDArray[np.float32]) -> np.float32:
-    """The canonical score of a float32[D] query, held as float64, with a float32[D] row."""
-    # A product of two float32 is exact in float64, so a fused multiply-add cannot change the result.
-    # Unsigned indices spare Numba's check for negative ones: half the time.
-    a, b, c, d, e, f, g, h = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    whole = query.shape[0] - query.shape[0] % 8
-    for first in range(0, whole, 8):
-        i = np.uint64(first)
-        a += query[i] * row[i]
-        b += query[i + np.uint64(1)] * row[i + np.uint64(1)]
-        c += query[i + np.uint64(2)] * row[i + np.uint64(2)]
-        d += query[i + np.uint64(3)] * row[i + np.uint64(3)]
-        e += query[i + np.uint64(4)] * row[i + np.uint64(4)]
-        f += query[i + np.uint64(5)] * row[i + np.uint64(5)]
-        g += query[i + np.uint64(6)] * row[i + np.uint64(6)]
-        h += query[i + np.uint64(7)] * row[i + np.uint64(7)]
-    for rest in range(whole, query.shape[0]):
-        product = query[rest] * row[rest]
-        lane = rest - whole
-        if lane == 0:
-            a += product
-        elif lane == 1:
-            b += product
-        elif lane == 2:
-            c += product
-        elif lane == 3:
-            d += product
-        elif lane == 4:
-            e += product
-        elif lane == 5:
-            f += product
-        else:
-            g += product
-    return np.float32(((a + b) + (c + d)) + ((e + f) + (g + h)))
+def order_key(score: np.float32, slot: np.int64) -> np.uint64:
+    """Ascending keys are (score descending, slot ascending); never NO_HIT, for a slot is not negative."""
+    bits = np.int64(float_bits(score + np.float32(0.0)))  # -0.0 equals 0.0
+    ordered = bits ^ 0xFFFFFFFF if bits >= 0x80000000 else bits ^ 0x80000000
+    return np.uint64(((ordered ^ 0xFFFFFFFF) << 32) | slot)
 
 
 @njit(cache=True, nogil=True)
-def _key(score: np.float32, slot: np.int32, cell: NDArray[np.float32]) -> np.uint64:
-    """Ascending keys are (score descending, slot ascending); never _NO_HIT, for a slot is not negative."""
-    cell[0] = score + np.float32(0.0)  # -0.0 equals 0.0
-    bits = np.int64(cell.view(np.uint32)[0])
-    ordered = bits ^ 0xFFFFFFFF if bits >= 0x80000000 else bits ^ 0x80000000
-    return np.uint64(((ordered ^ 0xFFFFFFFF) << 32) | np.int64(slot))
+def _decode(keys: NDArray[np.uint64], used: int, slots: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
+    for b in range(keys.shape[0]):
+        bits = scores[b].view(np.uint32)
+        for i in range(min(used, slots.shape[1])):
+            key = keys[b, i]
+            if key == NO_HIT:
+                break
+            ordered = np.int64(key >> np.uint64(32)) ^ 0xFFFFFFFF
+            bits[i] = ordered ^ 0x80000000 if ordered >= 0x80000000 else ordered ^ 0xFFFFFFFF
+            slots[b, i] = np.int64(key & np.uint64(0xFFFFFFFF))
 
 
 @njit(cache=True, nogil=True)
@@ -328,9 +304,10 @@ def _collect(
     batch, rows = tile.shape
     capacity = keys.shape[1]
     passing = np.empty(rows + 1, np.int32)
-    cell = np.empty(1, np.float32)
+    queries_at, table_at, dim = queries.ctypes.data, table.ctypes.data, table.shape[1]
+    row_bytes = 4 * dim
     for b in range(batch):
-        scores = tile[b]
+        scores, query_at = tile[b], queries_at + b * 8 * dim
         mask = eligible[mask_of[b], first : first + rows]
         floor = floors[b]
         count = counts[b]
@@ -342,19 +319,21 @@ def _collect(
             j = passing[i]
             if not mask[j] or not floor < scores[j] < np.inf:
                 continue
-            exact = canonical_inner(queries[b], table[first + j])
+            exact = canonical_inner(query_at, table_at + (first + j) * row_bytes, dim)
             if not np.isfinite(exact):
                 continue
             if count == capacity:
                 count = keep
                 keys[b, :keep] = np.sort(keys[b])[:keep]
-                keys[b, keep:] = _NO_HIT
-                worst = canonical_inner(queries[b], table[np.int64(keys[b, keep - 1] & np.uint64(0xFFFFFFFF))])
+                keys[b, keep:] = NO_HIT
+                worst = canonical_inner(
+                    query_at, table_at + np.int64(keys[b, keep - 1] & np.uint64(0xFFFFFFFF)) * row_bytes, dim
+                )
                 raised = np.float32(worst - errors[b])
                 if raised > worst - errors[b]:  # rounded up
                     raised = np.nextafter(raised, np.float32(-np.inf))
                 floor = max(floor, raised)
-            keys[b, count] = _key(exact, np.int32(first + j), cell)
+            keys[b, count] = order_key(exact, first + j)
             count += 1
         counts[b] = count
         floors[b] = floor
@@ -367,11 +346,11 @@ def _rescore(
     candidates: NDArray[np.int32],
     keys: NDArray[np.uint64],
 ) -> None:
-    cell = np.empty(1, np.float32)
+    queries_at, table_at, dim = queries.ctypes.data, table.ctypes.data, table.shape[1]
     for b in range(candidates.shape[0]):
         for i in range(candidates.shape[1]):
-            slot = candidates[b, i]
+            slot = np.int64(candidates[b, i])
             if slot >= 0:
-                exact = canonical_inner(queries[b], table[slot])
+                exact = canonical_inner(queries_at + b * 8 * dim, table_at + slot * 4 * dim, dim)
                 if np.isfinite(exact):
-                    keys[b, i] = _key(exact, slot, cell)
+                    keys[b, i] = order_key(exact, slot)

@@ -195,6 +195,11 @@ class ApproximateSettings(_Section):
 
 class RetrievalSettings(_Section):
     engine: Literal["exact", "faiss_cpu", "exact_gpu", "faiss_gpu"] = "exact"
+    scan: Literal["auto", "int8", "float32"] = Field(
+        "auto",
+        description="what the exact engine scans on a CPU: an int8 copy of the embeddings, which rules out what cannot "
+        "be among the best, or the embeddings; same answers. auto: int8 on a CPU with AVX-512 VNNI",
+    )
     approximate: ApproximateSettings = ApproximateSettings()
     personal: int = Field(200, ge=0, le=2048, description="candidates from this source, likewise below")
     trending: int = Field(200, ge=0, le=2048)

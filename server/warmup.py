@@ -72,7 +72,7 @@ def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, ba
     now_ms = 1_700_000_000_000
     clock = ManualClock(now_ms)
     name = resolve_engine(settings.retrieval.engine, backend)
-    search = make_engine(name, 2 * STREAMS, settings.table.embedding_dim, backend)
+    search = make_engine(name, 2 * STREAMS, settings.table.embedding_dim, backend, settings.retrieval.scan)
     world = build_world(small, clock, features, book, backend, search)
     table, streams, pipeline = world.table, world.streams, world.pipeline
     for payload in _events(now_ms, settings.table.embedding_dim):

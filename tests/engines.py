@@ -8,7 +8,10 @@ import numpy as np
 
 from kernels.backend import CPU, Backend, choose, visible_gpu
 from server.retrieval.base import SearchEngine
-from server.retrieval.registry import GPU_ENGINE_NAMES, make_engine
+from server.retrieval.registry import ENGINE_NAMES, GPU_ENGINE_NAMES, make_engine
+
+ALL_ENGINES = (*ENGINE_NAMES, "exact/float32", "exact/int8")
+"""Every engine by name, and what of the exact one this CPU may not choose by itself."""
 
 
 def backend() -> Backend:
@@ -24,7 +27,10 @@ def knn_on_cpu(queries: Any, rows: Any, k: int) -> tuple[Any, Any]:
 
 
 def build_engine(name: str, capacity: int, dim: int) -> SearchEngine:
-    """Any engine by name; without a GPU, kernels are interpreted and FAISS searches on the CPU."""
+    """Any of `ALL_ENGINES`; without a GPU, kernels are interpreted and FAISS searches on the CPU."""
+    if "/" in name:
+        engine, scan = name.split("/")
+        return make_engine(engine, capacity, dim, scan=scan)
     if name not in GPU_ENGINE_NAMES:
         return make_engine(name, capacity, dim)
     where = backend()

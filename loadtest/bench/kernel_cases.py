@@ -16,11 +16,14 @@ from kernels import fence
 from kernels.blend import BlendWeights, blend
 from kernels.counters import COUNTERS, estimate_distinct, observe, scatter_decayed
 from kernels.dedup import WORDS
-from kernels.groups import first_per_group
+from kernels.groups import by_group, first_of_groups
 from kernels.idmap import IdMap
+from kernels.int8_rows import Int8Rows
 from kernels.merge import merge_candidates
 from kernels.slate import select_slates
 from kernels.topk import masked_topk
+from kernels.topk_int8 import masked_topk_int8
+from kernels.vectors import has_int8_dots
 from kernels.verify import FilterColumns, RowColumns, check_rows, verify_picks
 from kernels.wire import encode_streams
 from loadtest.bench.synthetic import CATEGORIES, DIM, LANGUAGES, LEASE_MS, NOW_MS, Bench
@@ -59,6 +62,8 @@ def cases(n: int, batches: tuple[int, ...]) -> Iterator[Case]:
     bench = Bench(n)
     for batch in batches:
         yield _retrieve(bench, batch)
+        if has_int8_dots():
+            yield _retrieve_float32(bench, batch)
     for make in (_merge, _blend, _slate, _verify, _encode):
         for batch in batches:
             yield make(bench, batch)
@@ -67,12 +72,25 @@ def cases(n: int, batches: tuple[int, ...]) -> Iterator[Case]:
 
 
 def _retrieve(bench: Bench, batch: int) -> Case:
+    """As the exact engine searches on this CPU: over an int8 copy that is kept, where it is made for that."""
+    if not has_int8_dots():
+        return _retrieve_float32(bench, batch, "retrieve")
+    rows = Int8Rows(bench.n, DIM)
+    rows.write(bench.slots, bench.columns.embedding)
+    return _search(bench, batch, "retrieve", lambda *search: masked_topk_int8(*search[:2], rows, *search[2:]))
+
+
+def _retrieve_float32(bench: Bench, batch: int, kernel: str = "retrieve_float32") -> Case:
+    return _search(bench, batch, kernel, masked_topk)
+
+
+def _search(bench: Bench, batch: int, kernel: str, search: Callable[..., object]) -> Case:
     queries, table = bench.queries(batch), bench.columns.embedding
     eligible = bench.rng.random((1, bench.n)) < ELIGIBLE_SHARE
     mask_of = np.zeros(batch, np.int32)
     out = np.empty((batch, bench.n), np.float32)
     return Case(
-        "retrieve", bench.n, table.nbytes, lambda: masked_topk(queries, table, eligible, mask_of, TOP_K),
+        kernel, bench.n, table.nbytes, lambda: search(queries, table, eligible, mask_of, TOP_K),
         batch=batch, bare=lambda: np.matmul(queries, table.T, out=out),
     )  # fmt: skip
 
@@ -179,7 +197,10 @@ def _groups(bench: Bench) -> Case:
     order = bench.rng.permutation(bench.n).astype(np.int32)
     eligible, category = bench.rng.random(bench.n) < ELIGIBLE_SHARE, bench.columns.category
     return Case(
-        "groups", bench.n, bench.n * (4 + 1 + 4), lambda: first_per_group(order, eligible, category, 20, CATEGORIES)
+        "groups",
+        bench.n,
+        bench.n * (4 + 4 + 4),
+        lambda: first_of_groups(by_group(order, category, CATEGORIES), eligible, 20),
     )
 
 

@@ -59,8 +59,12 @@ class Interner:
 
     def find(self, names: Iterable[str]) -> NDArray[np.int32]:
         """Numbers int32[n] of known names; unknown ones are left out (nothing can match them)."""
-        found = (self._number.get(name) for name in names)
-        return np.array(sorted({n for n in found if n is not None}), dtype=np.int32)
+        return np.array(self.numbers(names), dtype=np.int32)
+
+    def numbers(self, names: Iterable[str]) -> list[int]:
+        """What `find` finds, as a list: an array for each of a batch costs more than the look-ups."""
+        found = {self._number.get(name) for name in names}
+        return sorted(number for number in found if number is not None)
 
     def restore(self, names: Sequence[str], used: NDArray[np.int32]) -> None:
         """Takes over ``names`` by number; ``used`` int32[rows] are the numbers that rows hold (0: none)."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kernels.blend import blend
 from kernels.merge import merge_candidates
+from kernels.proposals import join_proposals
 from kernels.slate import Slates, select_slates
 from kernels.verify import FilterColumns, verify_picks
 from server.clock import Clock
@@ -178,31 +179,19 @@ class Pipeline:
     ) -> tuple[NDArray[np.int32], NDArray[np.uint32], NDArray[np.int32], NDArray[np.int32]]:
         """Candidates of every request: its view's, then those of the query sources; merged, attributed."""
         work, view_limits = self._work(batch, views, quality)
-        found = [(source.query(work), 1 << i) for i, source in enumerate(SOURCES) if source.query is not None]
-        slots: list[NDArray[np.int32]] = []
-        sources: list[NDArray[np.uint32]] = []
-        lengths = np.zeros(len(batch), np.int64)
-        for b in range(len(batch)):
-            view = views[batch.filter_of[b]]
-            slots.append(view.slots[: view_limits[b]])
-            sources.append(view.sources[: view_limits[b]])
-            lengths[b] = len(slots[-1])
-            for proposals, bit in found:
-                mine = proposals.slots[proposals.offsets[b] : proposals.offsets[b + 1]]
-                slots.append(mine)
-                sources.append(np.full(len(mine), bit, np.uint32))
-                lengths[b] += len(mine)
-        return merge_candidates(
-            np.concatenate(slots), np.concatenate(sources), np.concatenate([[0], np.cumsum(lengths)]),
-            batch.excluded, batch.excluded_offsets, self._table.rows,
+        asked = [(source.query(work), 1 << i) for i, source in enumerate(SOURCES) if source.query is not None]
+        slots, sources, offsets = join_proposals(
+            [(view.slots, view.sources) for view in views], batch.filter_of, view_limits,
+            [(proposals.slots, proposals.offsets) for proposals, _ in asked], [bit for _, bit in asked],
         )  # fmt: skip
+        return merge_candidates(slots, sources, offsets, batch.excluded, batch.excluded_offsets, self._table.rows)
 
     def _work(self, batch: QueryBatch, views: list[View], quality: float) -> tuple[Batch, NDArray[np.int32]]:
         """What query sources work on, and int32[B]: how much of its view each request takes at this quality."""
         least = _LEAST_PER_PLACE * (batch.limits + self._settings.rank.reserve) + np.diff(batch.excluded_offsets)
         lengths = np.array([len(view.slots) for view in views])[batch.filter_of]
         limits = lengths if quality >= 1.0 else np.maximum(least, np.ceil(quality * lengths))
-        eligible = np.stack([view.eligible for view in views])
+        eligible = views[0].eligible[None] if len(views) == 1 else np.stack([view.eligible for view in views])
         work = Batch(batch, self.snapshot, eligible, self._search, quality, int(least.max()))
         return work, limits.astype(np.int32)
 

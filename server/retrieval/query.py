@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from kernels.blend import BlendWeights
 from kernels.idmap import hash_ids, pack_ids
 from server.live.table import LiveTable
-from server.rules.rulebook import RuleBook, Surface
+from server.rules.rulebook import SURFACE_FIELDS, RuleBook
 from server.viewers.table import ViewerTable
 
 
@@ -93,61 +95,61 @@ def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook, now
 
     now_ms: decides what a viewer saw too long ago to matter; 0: nothing is.
     """
-    b = len(requests)
     # A surface may have gone with a reload of the rules since the request was checked.
-    surfaces = [book.surfaces.get(r.surface, book.surfaces["default"]) for r in requests]
-    queries = np.zeros((b, table.settings.embedding_dim), np.float32)
-    for i, request in enumerate(requests):
-        if request.embedding is not None:
-            queries[i] = request.embedding
-    keys = [
-        FilterKey(r.languages, r.categories, r.region, s.max_age_rating)
-        for r, s in zip(requests, surfaces, strict=True)
-    ]
-    numbers: dict[FilterKey, int] = {}
-    filter_of = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
-    asked = [x.encode() for r in requests for x in r.exclude_stream_ids]
-    viewer_hash = hash_ids(*pack_ids([r.viewer_id.encode() for r in requests]))
-    excluded, excluded_offsets, seen = _with_seen(
-        table.map.lookup(*pack_ids(asked)), _offsets([len(r.exclude_stream_ids) for r in requests]),
-        table, viewer_hash, now_ms,
-    )  # fmt: skip
-    followed = [table.creators.find(r.followed_creator_ids) for r in requests]
+    places, default = book.surface_places, book.surface_places["default"]
+    surface_of = [places.get(r.surface, default) for r in requests]
+    said = book.surface_values.take(surface_of, axis=1) if requests else np.zeros((len(SURFACE_FIELDS), 0))
+    filters, filter_of = _filters(requests, said[_MAX_AGE_RATING].tolist())
+    queries, has_embedding = _queries(requests, table.settings.embedding_dim)
     seeds = hash_ids(*pack_ids([(r.request_id or r.viewer_id).encode() for r in requests]))
     limits = np.array([r.limit for r in requests], np.int32)
-    column = {name: np.array([getattr(s, name) for s in surfaces], np.float32) for name in _WEIGHTS}
+    asked = [x.encode() for r in requests if r.exclude_stream_ids for x in r.exclude_stream_ids]
+    viewer_hash = hash_ids(*pack_ids([r.viewer_id.encode() for r in requests]))
+    excluded, excluded_offsets, seen = _with_seen(
+        table.map.lookup(*pack_ids(asked)) if asked else np.zeros(0, np.int32),
+        _offsets(len(r.exclude_stream_ids) for r in requests),
+        table, viewer_hash, now_ms,
+    )  # fmt: skip
+    followed = [table.creators.numbers(r.followed_creator_ids) if r.followed_creator_ids else [] for r in requests]
+    several_categories = np.array([len(r.categories) != 1 for r in requests], np.bool_)
+    capped = (said[_CATEGORY_SHARE] < 1.0) & several_categories
     return QueryBatch(
         requests=requests,
         queries=queries,
-        has_embedding=(queries != 0).any(axis=1),
+        has_embedding=has_embedding,
         limits=limits,
-        filters=list(numbers),
+        filters=filters,
         filter_of=filter_of,
         excluded=excluded,
         excluded_offsets=excluded_offsets,
-        followed=np.concatenate(followed) if followed else np.zeros(0, np.int32),
-        followed_offsets=_offsets([len(f) for f in followed]),
+        followed=np.array(list(chain.from_iterable(followed)), np.int32),
+        followed_offsets=_offsets(map(len, followed)),
         seeds=seeds,
         viewer_hash=viewer_hash,
         seen=seen,
-        weights=BlendWeights(*(column[name] for name in _WEIGHTS)),
-        head_weights=np.array([s.head_weights for s in surfaces], np.float32).reshape(b, -1),
-        explore_slots=_explore_slots(surfaces, limits, seeds),
-        creator_caps=np.array([s.creator_cap or NO_CAP for s in surfaces], np.int32),
-        category_caps=np.array(
-            [
-                int(np.ceil(s.category_share * r.limit))
-                if s.category_share < 1.0 and len(r.categories) != 1
-                else NO_CAP
-                for s, r in zip(surfaces, requests, strict=True)
-            ],
-            np.int32,
-        ),
-        diversity=np.array([s.diversity for s in surfaces], np.float32),
+        weights=BlendWeights(*said[_WEIGHTS].astype(np.float32)),
+        head_weights=np.ascontiguousarray((said[_HEADS] * _HEAD_SIGNS).T, np.float32),
+        explore_slots=_explore_slots(said[_EXPLORATION_SHARE], limits, seeds),
+        creator_caps=np.where(said[_CREATOR_CAP] > 0, said[_CREATOR_CAP], NO_CAP).astype(np.int32),
+        category_caps=np.where(capped, np.ceil(said[_CATEGORY_SHARE] * limits), NO_CAP).astype(np.int32),
+        diversity=said[_DIVERSITY].astype(np.float32),
     )
 
 
-_WEIGHTS = ("trend_weight", "similarity_weight", "followed_bonus", "fresh_bonus", "cold_start_trend", "boost_weight")
+_WEIGHTS = [  # as `BlendWeights` has them
+    SURFACE_FIELDS.index(name)
+    for name in (
+        "trend_weight", "similarity_weight", "followed_bonus", "fresh_bonus", "cold_start_trend", "boost_weight",
+    )
+]  # fmt: skip
+_HEADS = [  # as `Surface.head_weights` has them: a report counts against
+    SURFACE_FIELDS.index(name) for name in ("click_weight", "watch_weight", "purchase_weight", "report_weight")
+]
+_HEAD_SIGNS = np.array([[1.0], [1.0], [1.0], [-1.0]])
+_CATEGORY_SHARE, _EXPLORATION_SHARE, _DIVERSITY, _CREATOR_CAP, _MAX_AGE_RATING = (
+    SURFACE_FIELDS.index(name)
+    for name in ("category_share", "exploration_share", "diversity", "creator_cap", "max_age_rating")
+)
 
 
 def _with_seen(
@@ -168,13 +170,34 @@ def _with_seen(
     return np.insert(asked, places, seen), offsets + seen_offsets, np.diff(seen_offsets).astype(np.int32)
 
 
-def _explore_slots(surfaces: list[Surface], limits: NDArray[np.int32], seeds: NDArray[np.uint64]) -> NDArray[np.int32]:
+def _filters(requests: list[RankQuery], ratings: list[float]) -> tuple[list[FilterKey], NDArray[np.int32]]:
+    """The distinct filters, and int32[B]: which of them every request has."""
+    places: dict[tuple[tuple[str, ...], tuple[str, ...], str, int], int] = {}  # a plain tuple is hashed faster
+    of = [
+        places.setdefault((r.languages, r.categories, r.region, int(rating)), len(places))
+        for r, rating in zip(requests, ratings, strict=True)
+    ]
+    return [FilterKey(*key) for key in places], np.array(of, np.int32)
+
+
+def _queries(requests: list[RankQuery], dim: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Embeddings float32[B, dim], zero where there is none; bool[B]: who has one."""
+    queries = np.zeros((len(requests), dim), np.float32)
+    given = [i for i, r in enumerate(requests) if r.embedding is not None]
+    if given:
+        queries[given] = np.concatenate([r.embedding for r in requests if r.embedding is not None]).reshape(-1, dim)
+    return queries, (queries != 0).any(axis=1)
+
+
+def _explore_slots(
+    shares: NDArray[np.float64], limits: NDArray[np.int32], seeds: NDArray[np.uint64]
+) -> NDArray[np.int32]:
     """Exploration slots int32[B]: the share of the limit, its fraction rounded by a seeded coin."""
-    wanted = limits * np.array([s.exploration_share for s in surfaces])
+    wanted = limits * shares
     coin = (seeds >> np.uint64(11)).astype(np.float64) / float(1 << 53)
     whole = np.floor(wanted)
     return (whole + (coin < wanted - whole)).astype(np.int32)
 
 
-def _offsets(lengths: list[int]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+def _offsets(lengths: Iterable[int]) -> NDArray[np.int64]:
+    return np.array(list(accumulate(lengths, initial=0)), np.int64)

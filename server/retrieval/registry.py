@@ -23,8 +23,10 @@ GPU_ENGINE_NAMES = ("exact_gpu", "faiss_gpu")
 _EXTRA = {"exact": "cpu", "faiss_cpu": "cpu", "exact_gpu": "gpu", "faiss_gpu": "gpu"}
 
 
-def make_engine(name: str, capacity: int, dim: int, backend: Backend = CPU) -> SearchEngine:
+def make_engine(name: str, capacity: int, dim: int, backend: Backend = CPU, scan: str = "auto") -> SearchEngine:
     """The search engine ``name`` for ``capacity`` rows of ``dim`` float32, on the process's device.
+
+    scan: what "exact" scans, see `ExactSearch`; nothing to the others.
 
     Raises:
         ConfigError: no engine has that name (the message lists those there are), it needs a GPU and the backend has
@@ -33,14 +35,16 @@ def make_engine(name: str, capacity: int, dim: int, backend: Backend = CPU) -> S
     if name not in _ENGINES:
         raise ConfigError(f"retrieval engine: {name!r} is not one of {', '.join(ENGINE_NAMES)}")
     module, cls = _ENGINES[name]
-    where: dict[str, Any] = {"backend": backend} if name in GPU_ENGINE_NAMES else {}
+    further: dict[str, Any] = {"backend": backend} if name in GPU_ENGINE_NAMES else {}
+    if name == "exact":
+        further["scan"] = scan
     try:
         engine = getattr(import_module(module), cls)
     except ImportError as error:
         raise ConfigError(
             f"retrieval.engine: {name} needs a library: pip install 'liverank[{_EXTRA[name]}]' ({error})"
         ) from error
-    return cast(SearchEngine, engine(capacity, dim, **where))
+    return cast(SearchEngine, engine(capacity, dim, **further))
 
 
 def resolve_engine(name: str, backend: Backend) -> str:
@@ -56,7 +60,7 @@ def make_search(
     Raises:
         ConfigError: as :func:`make_engine`, or the index's library does not have it.
     """
-    engine = make_engine(resolve_engine(settings.engine, backend), capacity, dim, backend)
+    engine = make_engine(resolve_engine(settings.engine, backend), capacity, dim, backend, settings.scan)
     metrics.fallback_queries.set_function(lambda: engine.fallback_queries)
     approximate = settings.approximate
     if approximate.index == "none":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.groups import first_per_group
+from kernels.groups import eligible_members, first_eligible, first_of_groups
 from server.retrieval.base import SearchEngine
 from server.retrieval.query import QueryBatch
 from server.retrieval.view import Snapshot
@@ -94,71 +94,61 @@ def bit_of(name: str) -> int:
 @query_source("personal")
 def personal(batch: Batch) -> Proposals:
     """Streams closest to the viewer's embedding."""
-    asked = np.flatnonzero(batch.queries.has_embedding)
-    k = batch.share(batch.snapshot.settings.personal)
-    counts = np.zeros(len(batch.queries), np.int64)
+    queries, k = batch.queries, batch.share(batch.snapshot.settings.personal)
+    counts = np.zeros(len(queries), np.int64)
+    asked = np.flatnonzero(queries.has_embedding)
     if not len(asked) or k == 0:
         return Proposals(np.zeros(0, np.int32), _offsets(counts))
-    hits = batch.search.search(batch.queries.queries[asked], batch.eligible, batch.queries.filter_of[asked], k)
-    found = hits.slots >= 0
-    counts[asked] = found.sum(axis=1)
-    return Proposals(hits.slots[found], _offsets(counts))
+    # Whole columns where everybody asks: picking from them copies.
+    some = slice(None) if len(asked) == len(queries) else asked
+    slots = batch.search.search(queries.queries[some], batch.eligible, queries.filter_of[some], k).slots
+    if (slots[:, -1] >= 0).all():  # padding is at the end
+        counts[some] = k
+        return Proposals(slots.ravel(), _offsets(counts))
+    found = slots >= 0
+    counts[some] = found.sum(axis=1)
+    return Proposals(slots[found], _offsets(counts))
 
 
 @view_source("trending")
 def trending(snapshot: Snapshot, eligible: NDArray[np.bool_]) -> Slots:
     """Highest trend scores overall."""
-    order = snapshot.trend_order[snapshot.trend_order < len(eligible)]
-    return order[eligible[order]][: snapshot.settings.trending]
+    return first_eligible(snapshot.trend_order, eligible, snapshot.settings.trending)
 
 
 @view_source("trending_in_category")
 def trending_in_category(snapshot: Snapshot, eligible: NDArray[np.bool_]) -> Slots:
     """Highest trend scores of each category."""
-    table = snapshot.table
-    return first_per_group(
-        snapshot.trend_order, eligible, table.columns.category,
-        snapshot.settings.trending_per_group, len(table.categories),
-    )  # fmt: skip
+    return first_of_groups(snapshot.trending_by("category"), eligible, snapshot.settings.trending_per_group)
 
 
 @view_source("trending_in_language")
 def trending_in_language(snapshot: Snapshot, eligible: NDArray[np.bool_]) -> Slots:
     """Highest trend scores of each language."""
-    table = snapshot.table
-    return first_per_group(
-        snapshot.trend_order, eligible, table.columns.language,
-        snapshot.settings.trending_per_group, len(table.languages),
-    )  # fmt: skip
+    return first_of_groups(snapshot.trending_by("language"), eligible, snapshot.settings.trending_per_group)
 
 
 @query_source("followed")
 def followed(batch: Batch) -> Proposals:
     """Live streams of creators the viewer follows."""
-    queries, limit = batch.queries, batch.snapshot.settings.followed
-    counts = np.zeros(len(queries), np.int64)
+    queries, snapshot = batch.queries, batch.snapshot
     if not len(queries.followed):
-        return Proposals(np.zeros(0, np.int32), _offsets(counts))
-    slots, creators = batch.snapshot.by_creator
-    first = np.searchsorted(creators, queries.followed, side="left")
-    last = np.searchsorted(creators, queries.followed, side="right")
-    found: list[Slots] = []
-    for b in range(len(queries)):
-        span = slice(queries.followed_offsets[b], queries.followed_offsets[b + 1])
-        runs = [slots[i:j] for i, j in zip(first[span], last[span], strict=True) if j > i]
-        mine = np.concatenate(runs) if runs else np.zeros(0, np.int32)
-        mine = mine[batch.eligible[queries.filter_of[b], mine]][:limit]
-        counts[b] = len(mine)
-        found.append(mine)
-    return Proposals(np.concatenate(found), _offsets(counts))
+        return Proposals(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))
+    return Proposals(
+        *eligible_members(
+            snapshot.by_creator, queries.followed, queries.followed_offsets, batch.eligible, queries.filter_of,
+            snapshot.settings.followed,
+        )
+    )  # fmt: skip
 
 
 @view_source("fresh")
 def fresh(snapshot: Snapshot, eligible: NDArray[np.bool_]) -> Slots:
     """Young streams that few have seen."""
-    order = snapshot.fresh_order
-    return order[eligible[order]][: snapshot.settings.fresh]
+    return first_eligible(snapshot.fresh_order, eligible, snapshot.settings.fresh)
 
 
 def _offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.groups import Grouped, by_group
 from kernels.verify import FilterColumns, eligible_rows
 from server.config import RetrievalSettings
 from server.live.table import LiveTable
@@ -39,6 +41,8 @@ class Snapshot:
     trend_order: NDArray[np.int32]
     """Rows by trend score, best first, as of the last refresh; newer rows are not in it."""
     views: dict[FilterKey, View] = field(default_factory=dict)
+
+    _trending_by: dict[str, Grouped] = field(default_factory=dict)
 
     rows: int = field(init=False)
     """Rows of the table at that moment: events of this tick may add more, and views must fit together."""
@@ -72,12 +76,19 @@ class Snapshot:
         return slots[by].astype(np.int32)
 
     @cached_property
-    def by_creator(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """(slots, their creators) of showable rows, sorted by creator."""
+    def by_creator(self) -> Grouped:
+        """Showable rows by creator, lower slots first."""
         slots = np.flatnonzero(self.showable).astype(np.int32)
-        creators = self.table.columns.creator[slots]
-        order = np.argsort(creators, kind="stable")
-        return slots[order], creators[order]
+        return by_group(slots, self.table.columns.creator, len(self.table.creators))
+
+    def trending_by(self, attribute: Literal["category", "language"]) -> Grouped:
+        """The order by trend score, by category or language."""
+        grouped = self._trending_by.get(attribute)
+        if grouped is None or grouped.order is not self.trend_order:  # new scores came within the tick
+            names = self.table.categories if attribute == "category" else self.table.languages
+            grouped = by_group(self.trend_order, getattr(self.table.columns, attribute), len(names))
+            self._trending_by[attribute] = grouped
+        return grouped
 
     def filter_columns(self, keys: list[FilterKey]) -> FilterColumns:
         """The filters with their names looked up; names nobody has used match nothing."""

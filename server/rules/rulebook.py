@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kernels.programs import N_BUILT_IN, RuleProgram
@@ -69,6 +71,9 @@ class Surface(BaseModel):
         return self.click_weight, self.watch_weight, self.purchase_weight, -self.report_weight
 
 
+SURFACE_FIELDS = tuple(Surface.model_fields)
+
+
 @dataclass(frozen=True)
 class RuleBook:
     """Checked content of a rules file. hash: 16 hex digits of its bytes."""
@@ -76,6 +81,17 @@ class RuleBook:
     rules: dict[str, Rule]
     surfaces: dict[str, Surface]
     hash: str
+
+    @cached_property
+    def surface_places(self) -> dict[str, int]:
+        """Name of a surface → its column of `surface_values`."""
+        return {name: place for place, name in enumerate(self.surfaces)}
+
+    @cached_property
+    def surface_values(self) -> NDArray[np.float64]:
+        """float64[fields, surfaces]: what surfaces say, a row per `SURFACE_FIELDS`."""
+        values = [[getattr(surface, name) for surface in self.surfaces.values()] for name in SURFACE_FIELDS]
+        return np.array(values, np.float64)
 
     @property
     def names(self) -> tuple[str, ...]:

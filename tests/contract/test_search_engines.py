@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from kernels.backend import visible_gpu
 from kernels.topk import masked_topk_reference
 from server.errors import ConfigError
-from server.retrieval.registry import ENGINE_NAMES, GPU_ENGINE_NAMES, make_engine
-from tests.engines import build_engine, write
+from server.retrieval.registry import GPU_ENGINE_NAMES, make_engine
+from tests.engines import ALL_ENGINES, build_engine, write
 
-engines = pytest.mark.parametrize("name", ENGINE_NAMES)
+engines = pytest.mark.parametrize("name", ALL_ENGINES)
 CAPACITY, DIM = 300, 12
 
 
@@ -74,7 +74,7 @@ def assert_ids_and_scores_are_those_of_a_full_sort(
     assert_keeps_contract(engine, some_queries(rng, batch), eligible, mask_of, k)
 
 
-@pytest.mark.parametrize("name", sorted(set(ENGINE_NAMES) - {"exact_gpu"}))
+@pytest.mark.parametrize("name", sorted(set(ALL_ENGINES) - {"exact_gpu", "exact"}))
 @settings(max_examples=60, deadline=None)
 @searches
 def test_ids_and_scores_are_those_of_a_full_sort_under_any_masks(name: str, **search: Any) -> None:
@@ -192,7 +192,7 @@ def test_engines_agree_bit_for_bit_on_many_rows(k: int) -> None:
     queries = rng.standard_normal((6, 33)).astype(np.float32)
     eligible, mask_of = rng.random((2, 9_000)) < 0.5, np.array([0, 1, 0, 1, 1, 0], np.int32)
     answers = []
-    for name in ENGINE_NAMES:
+    for name in ALL_ENGINES:
         engine = build_engine(name, *rows.shape)
         write(engine, slice(None), rows)
         answers.append(engine.search(queries, eligible, mask_of, k))
@@ -221,7 +221,7 @@ def test_a_bad_search_argument_is_refused_by_name(name: str, argument: str, bad:
         engine.search(**{**good, argument: bad})
 
 
-@pytest.mark.parametrize("name", ENGINE_NAMES)
+@engines
 def test_a_query_without_direction_finds_the_lowest_eligible_slots(name: str) -> None:
     engine, _ = filled(name)
     hits = engine.search(np.zeros((1, DIM), np.float32), everything(), of_mask_zero(1), 3)

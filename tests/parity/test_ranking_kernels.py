@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from kernels.blend import BlendWeights, blend, blend_reference
-from kernels.groups import first_per_group, first_per_group_reference
+from kernels.groups import (
+    by_group,
+    eligible_members,
+    eligible_members_reference,
+    first_eligible,
+    first_of_groups,
+    first_of_groups_reference,
+)
 from kernels.merge import merge_candidates, merge_candidates_reference
+from kernels.proposals import join_proposals, join_proposals_reference
 from kernels.verify import (
     Drop,
     FilterColumns,
@@ -79,14 +87,67 @@ def test_blend_equals_the_reference(rows: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_first_per_group_equals_the_reference(seed: int) -> None:
+def test_groups_equal_the_reference(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    n = 50
-    arguments = (
-        rng.permutation(n).astype(np.int32), rng.random(int(rng.integers(0, n))) < 0.6,
-        rng.integers(0, 5, n).astype(np.int32), int(rng.integers(0, 6)), 5,
-    )  # fmt: skip
-    assert np.array_equal(first_per_group(*arguments), first_per_group_reference(*arguments))
+    n, most = 50, int(rng.integers(0, 6))
+    order, group = rng.permutation(n).astype(np.int32)[: rng.integers(0, n)], rng.integers(0, 5, n).astype(np.int32)
+    masks = rng.random((2, int(rng.integers(0, n)))) < 0.6
+    grouped = by_group(order, group, 5)
+    assert np.array_equal(
+        first_of_groups(grouped, masks[0], most), first_of_groups_reference(order, group, masks[0], most)
+    )
+    in_order = [s for s in order.tolist() if s < masks.shape[1] and masks[1, s]]
+    assert first_eligible(order, masks[1], most).tolist() == in_order[:most]
+    wanted, offsets = ragged(rng, 4, 3, 7, low=-1)  # some that nobody knows
+    mask_of = rng.integers(0, 2, 4).astype(np.int32)
+    slots, ends = eligible_members(grouped, wanted, offsets, masks, mask_of, most)
+    each = [wanted[offsets[b] : offsets[b + 1]].tolist() for b in range(4)]
+    assert [slots[ends[b] : ends[b + 1]].tolist() for b in range(4)] == eligible_members_reference(
+        order, group, [[g for g in groups if 0 <= g < 5] for groups in each], masks, mask_of, most
+    )
+    assert len(slots) == ends[-1]
+
+
+def test_groups_refuse_what_does_not_fit_by_name() -> None:
+    order, group, one = np.arange(3, dtype=np.int32), np.zeros(3, np.int32), np.zeros(1, np.int32)
+    with pytest.raises(ValueError, match=r"^order: 0 to 1"):
+        by_group(order, group[:2], 1)
+    with pytest.raises(ValueError, match=r"^group: 0 to 0"):
+        by_group(order, group + np.int32(1), 1)
+    grouped, offsets = by_group(order, group, 1), np.array([0, 1])
+    with pytest.raises(ValueError, match=r"^offsets:"):
+        eligible_members(grouped, one, np.array([0, 2]), np.ones((1, 3), bool), one, 1)
+    with pytest.raises(ValueError, match=r"^mask_of:"):
+        eligible_members(grouped, one, offsets, np.ones((1, 3), bool), one + np.int32(1), 1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_joined_proposals_equal_the_reference(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    batch, n_views = int(rng.integers(0, 6)), int(rng.integers(1, 4))
+    views = [
+        (rng.integers(0, 99, m).astype(np.int32), rng.integers(1, 16, m).astype(np.uint32))
+        for m in rng.integers(0, 9, n_views)
+    ]
+    view_of, limits = rng.integers(0, n_views, batch).astype(np.int32), rng.integers(0, 12, batch).astype(np.int32)
+    found = [ragged(rng, batch, 5, 99), ragged(rng, batch, 0, 99), ragged(rng, batch, 7, 99)]
+    arguments = (views, view_of, limits, found, [1 << 4, 1 << 7, 1 << 31])
+    for got, wanted in zip(join_proposals(*arguments), join_proposals_reference(*arguments), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+        assert got.dtype == wanted.dtype
+
+
+def test_joining_refuses_what_does_not_fit_by_name() -> None:
+    view = (np.arange(3, dtype=np.int32), np.ones(3, np.uint32))
+    of, limits, found = np.zeros(2, np.int32), np.ones(2, np.int32), (np.arange(2, dtype=np.int32), np.array([0, 1, 2]))
+    for bad in (np.array([0, 1], np.int32), np.array([0, -1], np.int32)):
+        with pytest.raises(ValueError, match=r"^view_of:"):
+            join_proposals([view], bad, limits, [found], [1])
+    with pytest.raises(ValueError, match=r"^limits:"):
+        join_proposals([view], of, limits[:1], [found], [1])
+    for ends in ([0, 1, 3], [0, 3, 2], [1, 1, 2]):
+        with pytest.raises(ValueError, match=r"^found:"):
+            join_proposals([view], of, limits, [(found[0], np.array(ends))], [1])
 
 
 def random_rows(rng: np.random.Generator, n: int) -> RowColumns:
