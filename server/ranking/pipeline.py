@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kernels.blend import blend
 from kernels.merge import merge_candidates
 from kernels.slate import Slates, select_slates
-from kernels.verify import FilterColumns, verify_picks
+from kernels.verify import FilterColumns, verify_picks, verify_slates
 from server.clock import Clock
 from server.config import Settings
 from server.live.table import LiveTable
@@ -206,32 +206,27 @@ class Pipeline:
         clock: _StageClock,
     ) -> SlateBatch:
         """The last check, against the newest columns and the time now; gaps close from the reserve."""
-        at = np.maximum(selected.picks, 0)
-        picks = np.where(selected.picks >= 0, np.take_along_axis(candidates.slots, at, axis=1), -1)
-        n_picks = (selected.n_slate + selected.n_reserve).astype(np.int32)
         now_ms = self._clock.now_ms()
-        kept, counts, drops = self._last_check(batch, filters, picks, n_picks, now_ms)
-        width = max(1, int(counts.max(initial=0)))
-        kept = np.ascontiguousarray(kept[:, :width])
-        shown = kept >= 0
-        column = np.maximum(kept, 0)
-        candidate = np.take_along_axis(at, column, axis=1)
-        slots = np.where(shown, np.take_along_axis(picks, column, axis=1), -1)
-        sources = np.take_along_axis(candidates.sources, candidate, axis=1)
-        exploration = np.take_along_axis(selected.exploration, column, axis=1)
+        shown = verify_slates(
+            selected.picks, selected.n_slate, selected.n_reserve, selected.exploration,
+            candidates.slots, candidates.utility, candidates.sources, batch.limits, batch.filter_of,
+            self._streams.row_columns(), filters, self._streams.book.exclude_bits, now_ms,
+        )  # fmt: skip
         clock.stage("verify_us")
         return SlateBatch(
             batch=batch,
-            slots=slots,
-            counts=counts,
-            scores=np.take_along_axis(candidates.utility, candidate, axis=1),
-            sources=sources,
-            exploration=exploration,
+            slots=shown.slots,
+            counts=shown.counts,
+            scores=shown.scores,
+            sources=shown.sources,
+            exploration=shown.exploration,
             as_of_ms=now_ms,
             times=clock.times(),
-            picks=picks,
-            drops=drops,
-            tally=tally_of(slots, sources, exploration, picks, drops, candidates, selected),
+            picks=shown.pick_slots,
+            drops=shown.drops,
+            tally=tally_of(
+                shown.slots, shown.sources, shown.exploration, shown.pick_slots, shown.drops, candidates, selected
+            ),
             candidates=candidates,
             selected=selected,
         )
