@@ -187,15 +187,18 @@ def choose(
     category_caps: NDArray[np.int32],
     diversity: NDArray[np.float32],
     reserve: int,
-    picks: NDArray[np.int32],
-    exploration: NDArray[np.float32],
-    n_slate: NDArray[np.int32],
-    n_reserve: NDArray[np.int32],
-    outcome: NDArray[np.uint8],
-) -> None:
-    """Fills the last five, which come as `kernels.slate.Slates` describes them empty; ``keys`` sorted per row."""
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
+    """The fields of `kernels.slate.Slates`; ``keys`` is what `rank_candidates` fills, sorted per row."""
     batch, width = slots.shape
-    most, dim = min(picks.shape[1], width), embeddings.shape[1]
+    longest = np.int64(0)
+    for b in range(batch):
+        longest = max(longest, limits[b])
+    picks = np.full((batch, longest + reserve), -1, np.int32)
+    exploration = np.zeros((batch, longest + reserve), np.float32)
+    n_slate = np.zeros(batch, np.int32)
+    n_reserve = np.zeros(batch, np.int32)
+    outcome = np.zeros((batch, width), np.uint8)
+    most, dim = min(longest + reserve, width), embeddings.shape[1]
     # By candidate: creator, category, and whether they are at their cap.
     creator_of = np.empty(width, np.int32)
     category_of = np.empty(width, np.int32)
@@ -372,3 +375,4 @@ def choose(
                     outcome[b, i] = CREATOR_CAP
                 else:
                     outcome[b, i] = CATEGORY_CAP if full[i] else BELOW_LIMIT
+    return picks, exploration, n_slate, n_reserve, outcome

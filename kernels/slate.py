@@ -100,16 +100,13 @@ def select_slates(
         slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,
         creator_caps, category_caps, diversity, reserve,
     )  # fmt: skip
-    slates = _empty(slots, limits, reserve)
-    if slots.size == 0:
-        return slates
     keys.sort(axis=1)
-    greedy.choose(
-        keys, slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,
-        creator_caps, category_caps, diversity, reserve,
-        slates.picks, slates.exploration, slates.n_slate, slates.n_reserve, slates.outcome,
+    return Slates(
+        *greedy.choose(
+            keys, slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,
+            creator_caps, category_caps, diversity, reserve,
+        )
     )  # fmt: skip
-    return slates
 
 
 def select_slates_reference(

@@ -15,8 +15,8 @@ MOST_SOURCES, OUTCOMES, DROPS = 32, 7, 9
 
 class Counts(NamedTuple):
     """proposed, served: int64[32], candidates and shown streams per source bit. outcomes int64[7] by
-    `kernels.slate.Outcome`, drops int64[9] by `kernels.verify.Drop`. totals int64[2]: streams shown, and how many of
-    these were drawn by chance."""
+    `kernels.slate.Outcome`, drops int64[9] by `kernels.verify.Drop`. totals int64[3]: streams shown, how many of these
+    were drawn by chance, and candidates that requests exclude."""
 
     proposed: NDArray[np.int64]
     served: NDArray[np.int64]
@@ -34,6 +34,7 @@ def _count(
     slots: NDArray[np.int32],
     sources: NDArray[np.uint32],
     exploration: NDArray[np.float32],
+    excluded: NDArray[np.int32],
     counts: NDArray[np.int64],
 ) -> None:
     for b in range(proposed_sources.shape[0]):
@@ -71,6 +72,8 @@ def _count(
                 bit += 1
     counts[2 * MOST_SOURCES + OUTCOMES + DROPS] = shown
     counts[2 * MOST_SOURCES + OUTCOMES + DROPS + 1] = by_chance
+    for b in range(excluded.shape[0]):
+        counts[2 * MOST_SOURCES + OUTCOMES + DROPS + 2] += excluded[b]
 
 
 def count_batch(
@@ -81,6 +84,7 @@ def count_batch(
     slots: NDArray[np.int32],
     sources: NDArray[np.uint32],
     exploration: NDArray[np.float32],
+    excluded: NDArray[np.int32],
 ) -> Counts:
     """Counts of a batch.
 
@@ -89,15 +93,16 @@ def count_batch(
             proposed.
         pick_slots: int32[B, P], -1: no pick. drops: uint8[B, P], below 9.
         slots: int32[B, L], -1: nothing shown. sources: uint32[B, L]. exploration: float32[B, L].
+        excluded: int32[B], candidates dropped because the request excludes them.
 
     Raises:
         ValueError: an argument has the wrong dtype or shape; the message names it.
 
     Cost: about 6 passes over 5 bytes per candidate, in vectors.
     """
-    _check(proposed_sources, outcome, pick_slots, drops, slots, sources, exploration)
-    counts = np.zeros(2 * MOST_SOURCES + OUTCOMES + DROPS + 2, np.int64)
-    _count(proposed_sources, outcome, pick_slots, drops, slots, sources, exploration, counts)
+    _check(proposed_sources, outcome, pick_slots, drops, slots, sources, exploration, excluded)
+    counts = np.zeros(2 * MOST_SOURCES + OUTCOMES + DROPS + 3, np.int64)
+    _count(proposed_sources, outcome, pick_slots, drops, slots, sources, exploration, excluded, counts)
     first, second, third = 2 * MOST_SOURCES, 2 * MOST_SOURCES + OUTCOMES, 2 * MOST_SOURCES + OUTCOMES + DROPS
     return Counts(
         counts[:MOST_SOURCES], counts[MOST_SOURCES:first], counts[first:second], counts[second:third], counts[third:]
@@ -112,9 +117,10 @@ def count_batch_reference(
     slots: NDArray[np.int32],
     sources: NDArray[np.uint32],
     exploration: NDArray[np.float32],
+    excluded: NDArray[np.int32],
 ) -> Counts:
     """What :func:`count_batch` returns, count by count."""
-    _check(proposed_sources, outcome, pick_slots, drops, slots, sources, exploration)
+    _check(proposed_sources, outcome, pick_slots, drops, slots, sources, exploration, excluded)
     shown = slots >= 0
     bits = [np.uint32(1 << bit) for bit in range(MOST_SOURCES)]
     return Counts(
@@ -122,7 +128,7 @@ def count_batch_reference(
         np.array([np.count_nonzero(sources[shown] & bit) for bit in bits], np.int64),
         np.array([np.count_nonzero(outcome == code) for code in range(OUTCOMES)], np.int64),
         np.array([np.count_nonzero(drops[pick_slots >= 0] == code) for code in range(DROPS)], np.int64),
-        np.array([np.count_nonzero(shown), np.count_nonzero(shown & (exploration > 0))], np.int64),
+        np.array([np.count_nonzero(shown), np.count_nonzero(shown & (exploration > 0)), excluded.sum()], np.int64),
     )
 
 
@@ -134,6 +140,7 @@ def _check(
     slots: NDArray[np.int32],
     sources: NDArray[np.uint32],
     exploration: NDArray[np.float32],
+    excluded: NDArray[np.int32],
 ) -> None:
     require_array("proposed_sources", proposed_sources, np.uint32, (None, None))
     require_array("outcome", outcome, np.uint8, proposed_sources.shape)
@@ -142,3 +149,4 @@ def _check(
     require_array("slots", slots, np.int32, (None, None))
     require_array("sources", sources, np.uint32, slots.shape)
     require_array("exploration", exploration, np.float32, slots.shape)
+    require_array("excluded", excluded, np.int32, (None,))

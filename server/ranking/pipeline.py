@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.blend import blend
-from kernels.merge import merge_candidates
+from kernels.merge import Proposed, Seen, Views, merge_candidates, merge_proposals
 from kernels.slate import Slates, select_slates
 from kernels.verify import FilterColumns, verify_picks, verify_slates
 from server.clock import Clock
@@ -47,6 +47,7 @@ class Pipeline:
         self._settings, self._clock = settings, clock
         self._table, self._streams, self._search = table, streams, search
         self._followed_bit, self._fresh_bit = bit_of("followed"), bit_of("fresh")
+        self._seen = Seen(settings.table.capacity)
         self.snapshot = Snapshot(table, streams, settings.retrieval, 0, np.zeros(0, np.int32))
 
     def rank(self, batch: QueryBatch, quality: float = 1.0) -> SlateBatch:
@@ -150,23 +151,15 @@ class Pipeline:
         """Candidates of every request: its view's, then those of the query sources; merged, attributed."""
         work, view_limits = self._work(batch, views, quality)
         found = [(source.query(work), 1 << i) for i, source in enumerate(SOURCES) if source.query is not None]
-        slots: list[NDArray[np.int32]] = []
-        sources: list[NDArray[np.uint32]] = []
-        lengths = np.zeros(len(batch), np.int64)
-        for b in range(len(batch)):
-            view = views[batch.filter_of[b]]
-            slots.append(view.slots[: view_limits[b]])
-            sources.append(view.sources[: view_limits[b]])
-            lengths[b] = len(slots[-1])
-            for proposals, bit in found:
-                mine = proposals.slots[proposals.offsets[b] : proposals.offsets[b + 1]]
-                slots.append(mine)
-                sources.append(np.full(len(mine), bit, np.uint32))
-                lengths[b] += len(mine)
-        return merge_candidates(
-            np.concatenate(slots), np.concatenate(sources), np.concatenate([[0], np.cumsum(lengths)]),
-            batch.excluded, batch.excluded_offsets, self._table.rows,
-        )  # fmt: skip
+        offsets, first = np.empty((len(found), len(batch) + 1), np.int64), 0
+        for row, (proposals, _) in zip(offsets, found, strict=True):
+            np.add(proposals.offsets, first, out=row)
+            first += len(proposals.slots)
+        every = np.concatenate([proposals.slots for proposals, _ in found])
+        proposed = Proposed(every, offsets, np.array([bit for _, bit in found], np.uint32))
+        return merge_proposals(
+            _joined(views), batch.filter_of, view_limits, proposed, batch.excluded, batch.excluded_offsets, self._seen
+        )
 
     def _work(self, batch: QueryBatch, views: list[View], quality: float) -> tuple[Batch, NDArray[np.int32]]:
         """What query sources work on, and int32[B]: how much of its view each request takes at this quality."""
@@ -243,6 +236,14 @@ class Pipeline:
             picks, n_picks, batch.limits, batch.filter_of, self._streams.row_columns(), filters,
             self._streams.book.exclude_bits, now_ms,
         )  # fmt: skip
+
+
+def _joined(views: list[View]) -> Views:
+    """The lists of the batch's views as one."""
+    starts = np.cumsum([0, *(len(view.slots) for view in views)], dtype=np.int64)
+    if len(views) == 1:
+        return Views(views[0].slots, views[0].sources, starts)
+    return Views(np.concatenate([v.slots for v in views]), np.concatenate([v.sources for v in views]), starts)
 
 
 class _StageClock:

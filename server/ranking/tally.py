@@ -12,6 +12,7 @@ from server.ranking.slates import Candidates, Tally
 from server.retrieval.sources import SOURCES
 
 _NOT_PROPOSED, _NOT_SELECTED = np.zeros((0, 0), np.uint32), np.zeros((0, 0), np.uint8)
+_NONE_EXCLUDED = np.zeros(0, np.int32)
 
 
 def tally_of(
@@ -28,11 +29,12 @@ def tally_of(
         _NOT_PROPOSED if candidates is None else candidates.sources,
         _NOT_SELECTED if selected is None else selected.outcome,
         picks, drops, slots, sources, exploration,
+        _NONE_EXCLUDED if candidates is None else candidates.excluded,
     )  # fmt: skip
     return Tally(
         proposed=counts.proposed[: len(SOURCES)],
         served=counts.served[: len(SOURCES)],
-        excluded=0 if candidates is None else int(candidates.excluded.sum()),
+        excluded=int(counts.totals[2]),
         outcomes=counts.outcomes,
         drops=counts.drops,
         shown=int(counts.totals[0]),
