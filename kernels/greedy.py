@@ -272,7 +272,7 @@ def choose(
                     places = n_drawn
                     continue
                 state += _GOLDEN_GAMMA
-                best = np.int64(pool[np.int64(((_splitmix64(state) >> _HALF) * np.uint64(n_pool)) >> _HALF)])
+                best = int(pool[np.int64(((_splitmix64(state) >> _HALF) * np.uint64(n_pool)) >> _HALF)])
                 drawn[n_drawn] = best
                 chance[n_drawn] = np.float32(1.0 / n_pool)
                 n_drawn += 1

@@ -196,7 +196,7 @@ def _merge_proposals(
             return 2, np.empty((0, 0), np.int32), np.empty((0, 0), np.uint32), view_of, view_of
         for s in range(bits.shape[0]):
             length += offsets[s, b + 1] - offsets[s, b]
-        width = max(width, length)
+        width = max(width, int(length))
     out = np.empty((rows, width), np.int32)
     out_sources = np.empty((rows, width), np.uint32)
     counts = np.zeros(rows, np.int32)

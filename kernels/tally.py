@@ -45,13 +45,13 @@ def _count(
             if used >> np.uint32(bit) & np.uint32(1):
                 total = 0
                 for i in range(proposed_sources.shape[1]):
-                    total += np.int64((proposed_sources[b, i] >> np.uint32(bit)) & np.uint32(1))
+                    total += int((proposed_sources[b, i] >> np.uint32(bit)) & np.uint32(1))
                 counts[bit] += total
     for b in range(outcome.shape[0]):
         for code in range(OUTCOMES):
             total = 0
             for i in range(outcome.shape[1]):
-                total += np.int64(outcome[b, i] == code)
+                total += int(outcome[b, i] == code)
             counts[2 * MOST_SOURCES + code] += total
     for b in range(pick_slots.shape[0]):
         for i in range(pick_slots.shape[1]):

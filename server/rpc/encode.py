@@ -20,7 +20,8 @@ def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, star
     """One serialised RankResponse per request of the batch. Called on the engine thread.
 
     Concatenated protobuf messages merge, so a reply is what concerns its request, then what all of the batch share,
-    written by protobuf once, then the `streams` entries, written by the kernel. ``started_s``: when the batch began, monotonic.
+    written by protobuf once, then the `streams` entries, written by the kernel. ``started_s``: when the batch
+    began, monotonic.
     """
     streams: Sequence[bytes | memoryview] = slates.wire if slates.wire is not None else _encode_on_host(slates, table)
     degradation = pb.Degradation(level=int(state.level), reasons=state.reasons)  # type: ignore[arg-type]

@@ -190,14 +190,11 @@ def proposals(rng: np.random.Generator, n_slots: int) -> tuple[Any, ...]:
     rows, n_views, n_sources = (int(n) for n in rng.integers([0, 1, 0], [7, 4, 4]))
     lists = [rng.permutation(n_slots)[: rng.integers(0, n_slots + 1)] for _ in range(n_views)]
     starts = np.cumsum([0, *map(len, lists)]).astype(np.int64)
-    views = Views(
-        np.concatenate(lists).astype(np.int32), rng.integers(1, 64, starts[-1]).astype(np.uint32), starts
-    )
+    views = Views(np.concatenate(lists).astype(np.int32), rng.integers(1, 64, starts[-1]).astype(np.uint32), starts)
     view_of = rng.integers(0, n_views, rows).astype(np.int32)
     view_limits = rng.integers(0, np.diff(starts)[view_of] + 1).astype(np.int32)
     lengths = rng.integers(0, 12, (n_sources, rows))
     offsets = np.zeros((n_sources, rows + 1), np.int64)
-    offsets.ravel()[:] = 0
     first = 0
     for s in range(n_sources):
         offsets[s] = first + np.concatenate([[0], np.cumsum(lengths[s])])
@@ -286,10 +283,10 @@ def test_a_pick_outside_its_candidates_or_the_table_is_refused() -> None:
     b = int(np.flatnonzero(arguments[1])[0])
     picks, slots = arguments[0].copy(), arguments[4].copy()
     picks[b, 0] = slots.shape[1]
-    with pytest.raises(ValueError, match="^picks: 0 to 24"):
+    with pytest.raises(ValueError, match=r"^picks: 0 to 24"):
         verify_slates(picks, *arguments[1:])
     slots[b, arguments[0][b, 0]] = 40
-    with pytest.raises(ValueError, match="^slots: 0 to 39"):
+    with pytest.raises(ValueError, match=r"^slots: 0 to 39"):
         verify_slates(*arguments[:4], slots, *arguments[5:])
 
 

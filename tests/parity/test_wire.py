@@ -198,7 +198,7 @@ def test_the_head_of_a_reply_is_what_the_generated_classes_write(
 
 @pytest.mark.parametrize("too_long", [(b"x" * 128, b""), (b"", b"x" * 128)])
 def test_a_head_that_would_need_a_longer_length_is_refused(too_long: tuple[bytes, bytes]) -> None:
-    with pytest.raises(ValueError, match="^request_id, timings"):
+    with pytest.raises(ValueError, match=r"^request_id, timings"):
         reply_head(*too_long, b"")
 
 
@@ -206,6 +206,8 @@ def test_a_head_that_would_need_a_longer_length_is_refused(too_long: tuple[bytes
 def test_a_varint_is_seven_bits_a_byte_lowest_first(value: int) -> None:
     groups = varint(value)
     assert sum((byte & 0x7F) << 7 * i for i, byte in enumerate(groups)) == value
-    assert all(byte & 0x80 for byte in groups[:-1]) and groups[-1] < 0x80 and len(groups) == max(
-        1, -(-value.bit_length() // 7)
+    assert (
+        all(byte & 0x80 for byte in groups[:-1])
+        and groups[-1] < 0x80
+        and len(groups) == max(1, -(-value.bit_length() // 7))
     )
