@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from kernels.checks import require_array
+
+_EXCLUDED, _COUNTED = 0xFFFF_FFFF, 0xFFFF_FFFE
+"""Places of slots that a request excludes; of those that were proposed to it all the same, and counted."""
 
 
 @njit(cache=True, nogil=True)
@@ -117,3 +124,213 @@ def merge_candidates_reference(
         out[b, : len(row)] = list(row.keys())
         out_bits[b, : len(row)] = list(row.values())
     return out, out_bits, np.array([len(r) for r in rows], np.int32), np.array(dropped, np.int32)
+
+
+class Seen:
+    """Which slots a request has met, without clearing anything between requests: scratch of 8 bytes per table row.
+
+    Owned by one thread. ``marks`` int64[n_slots]: number of the request in the high half, place in the low one.
+    """
+
+    def __init__(self, n_slots: int) -> None:
+        self.marks = np.zeros(n_slots, np.int64)
+        self._next = 1
+
+    def take(self, requests: int) -> int:
+        """The first of so many request numbers that no mark bears."""
+        if self._next + requests >= _MOST_REQUESTS:
+            self.marks[:] = 0
+            self._next = 1
+        first = self._next
+        self._next += requests
+        return first
+
+
+_MOST_REQUESTS = 1 << 31
+
+
+class Views(NamedTuple):
+    """Candidate lists that requests share: list v is slots[starts[v] : starts[v + 1]], without duplicates.
+
+    slots int32[T], sources uint32[T], starts int64[V + 1].
+    """
+
+    slots: NDArray[np.int32]
+    sources: NDArray[np.uint32]
+    starts: NDArray[np.int64]
+
+
+class Proposed(NamedTuple):
+    """What S sources propose to each request: slots[offsets[s, b] : offsets[s, b + 1]], attributed to bits[s].
+
+    slots int32[U], offsets int64[S, B + 1], bits uint32[S].
+    """
+
+    slots: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    bits: NDArray[np.uint32]
+
+
+@njit(cache=True, nogil=True)
+def _merge_proposals(
+    view_slots: NDArray[np.int32],
+    view_sources: NDArray[np.uint32],
+    view_starts: NDArray[np.int64],
+    view_of: NDArray[np.int32],
+    view_limits: NDArray[np.int32],
+    proposed: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    bits: NDArray[np.uint32],
+    excluded: NDArray[np.int32],
+    excluded_offsets: NDArray[np.int64],
+    marks: NDArray[np.int64],
+    first_request: int,
+) -> tuple[int, NDArray[np.int32], NDArray[np.uint32], NDArray[np.int32], NDArray[np.int32]]:
+    rows, n_slots = view_of.shape[0], marks.shape[0]
+    width = 1
+    for b in range(rows):
+        length = np.int64(view_limits[b])
+        if view_of[b] < 0 or view_of[b] + 1 >= view_starts.shape[0]:
+            return 1, np.empty((0, 0), np.int32), np.empty((0, 0), np.uint32), view_of, view_of
+        if length < 0 or length > view_starts[view_of[b] + 1] - view_starts[view_of[b]]:
+            return 2, np.empty((0, 0), np.int32), np.empty((0, 0), np.uint32), view_of, view_of
+        for s in range(bits.shape[0]):
+            length += offsets[s, b + 1] - offsets[s, b]
+        width = max(width, int(length))
+    out = np.empty((rows, width), np.int32)
+    out_sources = np.empty((rows, width), np.uint32)
+    counts = np.zeros(rows, np.int32)
+    dropped = np.zeros(rows, np.int32)
+    problem = 0
+    longest = 1
+    for b in range(rows):
+        mine = np.int64(first_request + b) << 32
+        n = gone = 0
+        for e in range(excluded_offsets[b], excluded_offsets[b + 1]):
+            slot = excluded[e]
+            if slot >= n_slots:
+                problem = 4
+            elif slot >= 0:
+                marks[slot] = mine | _EXCLUDED
+        first = view_starts[view_of[b]]
+        for i in range(first, first + view_limits[b]):
+            slot = view_slots[i]
+            if slot < 0 or slot >= n_slots:
+                problem = 3
+                continue
+            if marks[slot] == mine | _EXCLUDED:
+                marks[slot] = mine | _COUNTED
+                gone += 1
+                continue
+            marks[slot] = mine | n
+            out[b, n] = slot
+            out_sources[b, n] = view_sources[i]
+            n += 1
+        for s in range(bits.shape[0]):
+            for i in range(offsets[s, b], offsets[s, b + 1]):
+                slot = proposed[i]
+                if slot < 0:
+                    continue
+                if slot >= n_slots:
+                    problem = 3
+                    continue
+                mark = marks[slot]
+                if mark < mine:
+                    marks[slot] = mine | n
+                    out[b, n] = slot
+                    out_sources[b, n] = bits[s]
+                    n += 1
+                elif mark == mine | _EXCLUDED:
+                    marks[slot] = mine | _COUNTED
+                    gone += 1
+                elif mark != mine | _COUNTED:
+                    out_sources[b, mark - mine] |= bits[s]
+        for i in range(n, width):
+            out[b, i] = -1
+            out_sources[b, i] = 0
+        counts[b], dropped[b] = n, gone
+        longest = max(longest, n)
+    if longest < width:
+        narrow = np.empty((rows, longest), np.int32)
+        narrow_sources = np.empty((rows, longest), np.uint32)
+        for b in range(rows):
+            for i in range(longest):
+                narrow[b, i] = out[b, i]
+                narrow_sources[b, i] = out_sources[b, i]
+        return problem, narrow, narrow_sources, counts, dropped
+    return problem, out, out_sources, counts, dropped
+
+
+def merge_proposals(
+    views: Views,
+    view_of: NDArray[np.int32],
+    view_limits: NDArray[np.int32],
+    proposed: Proposed,
+    excluded: NDArray[np.int32],
+    excluded_offsets: NDArray[np.int64],
+    seen: Seen,
+) -> tuple[NDArray[np.int32], NDArray[np.uint32], NDArray[np.int32], NDArray[np.int32]]:
+    """What `merge_candidates` returns for the head of each request's view, then the proposals of each source.
+
+    Args:
+        view_of: int32[B], the list of ``views`` that request b takes its first ``view_limits`` int32[B] slots of.
+        proposed: -1 among the slots is ignored.
+        excluded: int32[X] slots (-1: unknown stream, ignored), ragged by ``excluded_offsets`` int64[B + 1].
+        seen: scratch; all slots are below its length.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape or range; the message names it.
+
+    Cost: O(proposals), 8 bytes written per proposal and 8 bytes of scratch touched for each.
+    """
+    batch = len(view_of)
+    require_array("views", views.slots, np.int32, (None,))
+    require_array("views", views.sources, np.uint32, views.slots.shape)
+    require_array("views", views.starts, np.int64, (None,))
+    require_array("view_of", view_of, np.int32, (None,))
+    require_array("view_limits", view_limits, np.int32, (batch,))
+    require_array("proposed", proposed.slots, np.int32, (None,))
+    require_array("proposed", proposed.bits, np.uint32, (None,))
+    require_array("proposed", proposed.offsets, np.int64, (len(proposed.bits), batch + 1))
+    require_array("excluded", excluded, np.int32, (None,))
+    require_array("excluded_offsets", excluded_offsets, np.int64, (batch + 1,))
+    problem, *merged = _merge_proposals(
+        *views, view_of, view_limits, *proposed, excluded, excluded_offsets, seen.marks, seen.take(batch)
+    )
+    if problem:
+        raise ValueError(
+            {
+                1: f"view_of: 0 to {len(views.starts) - 2} allowed",
+                2: "view_limits: 0 to the length of the view allowed",
+                3: f"slots: below {len(seen.marks)} allowed",
+                4: f"excluded: below {len(seen.marks)} allowed",
+            }[problem]
+        )
+    slots, sources, counts, dropped = merged
+    return slots, sources, counts, dropped
+
+
+def merge_proposals_reference(
+    views: Views,
+    view_of: NDArray[np.int32],
+    view_limits: NDArray[np.int32],
+    proposed: Proposed,
+    excluded: NDArray[np.int32],
+    excluded_offsets: NDArray[np.int64],
+    seen: Seen,
+) -> tuple[NDArray[np.int32], NDArray[np.uint32], NDArray[np.int32], NDArray[np.int32]]:
+    """Plain version of `merge_proposals`: everything in one list."""
+    slots, sources, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.uint32)], []
+    for b, (v, limit) in enumerate(zip(view_of, view_limits, strict=True)):
+        head = slice(views.starts[v], views.starts[v] + limit)
+        parts = [(views.slots[head], views.sources[head])]
+        for offsets, bit in zip(proposed.offsets, proposed.bits, strict=True):
+            mine = proposed.slots[offsets[b] : offsets[b + 1]]
+            parts.append((mine, np.full(len(mine), bit, np.uint32)))
+        slots += [part for part, _ in parts]
+        sources += [bits for _, bits in parts]
+        lengths.append(sum(len(part) for part, _ in parts))
+    return merge_candidates_reference(
+        np.concatenate(slots), np.concatenate(sources), np.cumsum([0, *lengths]), excluded, excluded_offsets,
+        len(seen.marks),
+    )  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from kernels.checks import require_array
 from kernels.fence import FREE, LIVE
 
 
@@ -255,6 +256,177 @@ def verify_picks_reference(
                 kept[b, counts[b]] = i
                 counts[b] += 1
     return kept, counts, drops
+
+
+class Shown(NamedTuple):
+    """Slates as they are shown; L = longest of them, at least 1.
+
+    slots int32[B, L] padded with -1, counts int32[B]; scores float32[B, L], sources uint32[B, L] and exploration
+    float32[B, L], all 0 in padding. pick_slots int32[B, P] padded with -1, drops uint8[B, P]: a `Drop` per pick.
+    """
+
+    slots: NDArray[np.int32]
+    counts: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    sources: NDArray[np.uint32]
+    exploration: NDArray[np.float32]
+    pick_slots: NDArray[np.int32]
+    drops: NDArray[np.uint8]
+
+
+@njit(cache=True, nogil=True)
+def _show(
+    picks: NDArray[np.int32],
+    n_slate: NDArray[np.int32],
+    n_reserve: NDArray[np.int32],
+    chances: NDArray[np.float32],
+    slots: NDArray[np.int32],
+    utility: NDArray[np.float32],
+    sources: NDArray[np.uint32],
+    limits: NDArray[np.int32],
+    filter_of: NDArray[np.int32],
+    row: RowColumns,
+    f: FilterColumns,
+    exclude_bits: np.uint32,
+    now_ms: int,
+) -> tuple[
+    int, NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArray[np.uint32], NDArray[np.float32],
+    NDArray[np.int32], NDArray[np.uint8],
+]:  # fmt: skip
+    state, lease, bits = row.state, row.lease_expires_ms, row.rule_bits
+    region, age, language, category = row.region, row.age_rating, row.language, row.category
+    rows, width = picks.shape
+    kept = np.empty((rows, width), np.int32)
+    counts = np.zeros(rows, np.int32)
+    pick_slots = np.full((rows, width), -1, np.int32)
+    drops = np.zeros((rows, width), np.uint8)
+    longest = 1
+    problem = 0
+    for b in range(rows):
+        v = filter_of[b]
+        languages, categories = f.languages[v], f.categories[v]
+        f_region, f_age = f.region[v], f.max_age_rating[v]
+        any_language, any_category = f.any_language[v], f.any_category[v]
+        n = 0
+        for i in range(min(n_slate[b] + n_reserve[b], width)):
+            candidate = picks[b, i]
+            if candidate < 0 or candidate >= slots.shape[1]:
+                problem = 1
+                continue
+            s = slots[b, candidate]
+            if s < 0 or s >= state.shape[0]:
+                problem = 2
+                continue
+            pick_slots[b, i] = s
+            if n == limits[b]:
+                drops[b, i] = 8
+                continue
+            drop = _check_values(
+                state[s], lease[s], bits[s], region[s], age[s], language[s], category[s], f_region, f_age,
+                any_language, languages, any_category, categories, exclude_bits, now_ms,
+            )  # fmt: skip
+            drops[b, i] = drop
+            if drop == 0:
+                kept[b, n] = i
+                n += 1
+        counts[b] = n
+        longest = max(longest, n)
+    out_slots = np.full((rows, longest), -1, np.int32)
+    out_scores = np.zeros((rows, longest), np.float32)
+    out_sources = np.zeros((rows, longest), np.uint32)
+    out_chances = np.zeros((rows, longest), np.float32)
+    for b in range(rows):
+        for place in range(counts[b]):
+            i = kept[b, place]
+            candidate = picks[b, i]
+            out_slots[b, place] = pick_slots[b, i]
+            out_scores[b, place] = utility[b, candidate]
+            out_sources[b, place] = sources[b, candidate]
+            out_chances[b, place] = chances[b, i]
+    return problem, out_slots, counts, out_scores, out_sources, out_chances, pick_slots, drops
+
+
+def verify_slates(
+    picks: NDArray[np.int32],
+    n_slate: NDArray[np.int32],
+    n_reserve: NDArray[np.int32],
+    exploration: NDArray[np.float32],
+    slots: NDArray[np.int32],
+    utility: NDArray[np.float32],
+    sources: NDArray[np.uint32],
+    limits: NDArray[np.int32],
+    filter_of: NDArray[np.int32],
+    row: RowColumns,
+    filters: FilterColumns,
+    exclude_bits: int,
+    now_ms: int,
+) -> Shown:
+    """What `verify_picks` does to the choice of `kernels.slate`, and what is shown then, gathered.
+
+    Args:
+        picks, n_slate, n_reserve, exploration: see `kernels.slate.Slates`, [B, P] and [B].
+        slots, utility, sources: the candidates that ``picks`` are columns of, [B, K].
+        limits: int32[B], places wanted. filter_of: int32[B], row of ``filters``.
+
+    Raises:
+        ValueError: an argument has the wrong dtype or shape, or a pick is outside its candidates or the table.
+
+    Cost: one pass over the picks, about 45 bytes each.
+    """
+    require_array("picks", picks, np.int32, (None, None))
+    rows = (picks.shape[0],)
+    require_array("n_slate", n_slate, np.int32, rows)
+    require_array("n_reserve", n_reserve, np.int32, rows)
+    require_array("exploration", exploration, np.float32, picks.shape)
+    require_array("slots", slots, np.int32, (picks.shape[0], None))
+    require_array("utility", utility, np.float32, slots.shape)
+    require_array("sources", sources, np.uint32, slots.shape)
+    require_array("limits", limits, np.int32, rows)
+    require_array("filter_of", filter_of, np.int32, rows)
+    problem, *shown = _show(
+        picks, n_slate, n_reserve, exploration, slots, utility, sources, limits, filter_of, row, filters,
+        np.uint32(exclude_bits), now_ms,
+    )  # fmt: skip
+    if problem:
+        allowed = slots.shape[1] if problem == 1 else len(row.state)
+        raise ValueError(f"{'picks' if problem == 1 else 'slots'}: 0 to {allowed - 1} allowed where they are used")
+    return Shown(*shown)
+
+
+def verify_slates_reference(
+    picks: NDArray[np.int32],
+    n_slate: NDArray[np.int32],
+    n_reserve: NDArray[np.int32],
+    exploration: NDArray[np.float32],
+    slots: NDArray[np.int32],
+    utility: NDArray[np.float32],
+    sources: NDArray[np.uint32],
+    limits: NDArray[np.int32],
+    filter_of: NDArray[np.int32],
+    row: RowColumns,
+    filters: FilterColumns,
+    exclude_bits: int,
+    now_ms: int,
+) -> Shown:
+    """Plain version of `verify_slates`."""
+    used = np.arange(picks.shape[1]) < (n_slate + n_reserve)[:, None]
+    at = np.where(used, picks, 0)
+    pick_slots = np.where(used, np.take_along_axis(slots, at, axis=1), np.int32(-1))
+    kept, counts, drops = verify_picks_reference(
+        pick_slots, n_slate + n_reserve, limits, filter_of, row, filters, exclude_bits, now_ms
+    )
+    kept = kept[:, : max(1, int(counts.max(initial=0)))]
+    shown, column = kept >= 0, np.maximum(kept, 0)
+    candidate = np.take_along_axis(at, column, axis=1)
+    return Shown(
+        slots=np.where(shown, np.take_along_axis(slots, candidate, axis=1), np.int32(-1)),
+        counts=counts,
+        scores=np.where(shown, np.take_along_axis(utility, candidate, axis=1), np.float32(0)),
+        sources=np.where(shown, np.take_along_axis(sources, candidate, axis=1), np.uint32(0)),
+        exploration=np.where(shown, np.take_along_axis(exploration, column, axis=1), np.float32(0)),
+        pick_slots=pick_slots,
+        drops=drops,
+    )
 
 
 assert (FREE, LIVE, Drop.NOT_NEEDED) == (0, 1, 8)  # the numbers written out in the kernels above

@@ -110,11 +110,46 @@ def frame_messages(messages: Sequence[bytes]) -> bytes:
     """
     parts: list[bytes] = []
     for message in messages:
-        parts += (b"\x0a", _varint(len(message)), message)
+        parts += (b"\x0a", varint(len(message)), message)
     return b"".join(parts)
 
 
-def _varint(value: int) -> bytes:
+def reply_head(request_id: bytes, timings: bytes, notices: bytes) -> bytes:
+    """Wire bytes of what a RankResponse says about its own request: as protobuf writes them.
+
+    Args:
+        request_id: UTF-8, below 128 bytes. timings: serialised Timings, below 128 bytes.
+        notices: what `text_fields` gives for field 9.
+
+    Raises:
+        ValueError: one of the first two is too long.
+    """
+    if len(request_id) > 127 or len(timings) > 127:
+        raise ValueError("request_id, timings: at most 127 bytes allowed")
+    own = b"\x0a%c%b" % (len(request_id), request_id) if request_id else b""
+    return b"%b\x3a%c%b%b" % (own, len(timings), timings, notices)
+
+
+def text_fields(number: int, texts: Sequence[str]) -> bytes:
+    """Wire bytes of a repeated string field; ``number`` below 16."""
+    parts = []
+    for text in texts:
+        encoded = text.encode()
+        parts.append(bytes([number << 3 | 2]) + varint(len(encoded)) + encoded)
+    return b"".join(parts)
+
+
+def uint_fields(values: Sequence[int], first: int = 1) -> bytes:
+    """Wire bytes of unsigned fields numbered from ``first``, all below 16; zeros are left out."""
+    return b"".join(bytes([(first + i) << 3]) + varint(value) for i, value in enumerate(values) if value)
+
+
+def varint(value: int) -> bytes:
+    """A number >= 0 as protobuf writes it."""
+    if value < 0x80:
+        return b"%c" % value
+    if value < 0x4000:
+        return b"%c%c" % (value & 0x7F | 0x80, value >> 7)
     groups = bytearray()
     while value > 0x7F:
         groups.append(value & 0x7F | 0x80)

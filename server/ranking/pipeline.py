@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.blend import blend
-from kernels.merge import merge_candidates
-from kernels.proposals import join_proposals
+from kernels.merge import Proposed, Seen, Views, merge_candidates, merge_proposals
 from kernels.slate import Slates, select_slates
-from kernels.verify import FilterColumns, verify_picks
+from kernels.verify import FilterColumns, verify_picks, verify_slates
 from server.clock import Clock
 from server.config import Settings
 from server.live.table import LiveTable
@@ -68,6 +67,7 @@ class Pipeline:
         self._table, self._streams, self._search = table, streams, search
         self.ranker: RankerStage | None = None
         self._followed_bit, self._fresh_bit = bit_of("followed"), bit_of("fresh")
+        self._seen = Seen(settings.table.capacity)
         self.snapshot = Snapshot(table, streams, settings.retrieval, 0, np.zeros(0, np.int32))
 
     def rank(self, batch: QueryBatch, quality: float = 1.0) -> SlateBatch:
@@ -179,12 +179,16 @@ class Pipeline:
     ) -> tuple[NDArray[np.int32], NDArray[np.uint32], NDArray[np.int32], NDArray[np.int32]]:
         """Candidates of every request: its view's, then those of the query sources; merged, attributed."""
         work, view_limits = self._work(batch, views, quality)
-        asked = [(source.query(work), 1 << i) for i, source in enumerate(SOURCES) if source.query is not None]
-        slots, sources, offsets = join_proposals(
-            [(view.slots, view.sources) for view in views], batch.filter_of, view_limits,
-            [(proposals.slots, proposals.offsets) for proposals, _ in asked], [bit for _, bit in asked],
-        )  # fmt: skip
-        return merge_candidates(slots, sources, offsets, batch.excluded, batch.excluded_offsets, self._table.rows)
+        found = [(source.query(work), 1 << i) for i, source in enumerate(SOURCES) if source.query is not None]
+        offsets, first = np.empty((len(found), len(batch) + 1), np.int64), 0
+        for row, (proposals, _) in zip(offsets, found, strict=True):
+            np.add(proposals.offsets, first, out=row)
+            first += len(proposals.slots)
+        every = np.concatenate([proposals.slots for proposals, _ in found])
+        proposed = Proposed(every, offsets, np.array([bit for _, bit in found], np.uint32))
+        return merge_proposals(
+            _joined(views), batch.filter_of, view_limits, proposed, batch.excluded, batch.excluded_offsets, self._seen
+        )
 
     def _work(self, batch: QueryBatch, views: list[View], quality: float) -> tuple[Batch, NDArray[np.int32]]:
         """What query sources work on, and int32[B]: how much of its view each request takes at this quality."""
@@ -224,32 +228,27 @@ class Pipeline:
         clock: _StageClock,
     ) -> SlateBatch:
         """The last check, against the newest columns and the time now; gaps close from the reserve."""
-        at = np.maximum(selected.picks, 0)
-        picks = np.where(selected.picks >= 0, np.take_along_axis(candidates.slots, at, axis=1), -1)
-        n_picks = (selected.n_slate + selected.n_reserve).astype(np.int32)
         now_ms = self._clock.now_ms()
-        kept, counts, drops = self._last_check(batch, filters, picks, n_picks, now_ms)
-        width = max(1, int(counts.max(initial=0)))
-        kept = np.ascontiguousarray(kept[:, :width])
-        shown = kept >= 0
-        column = np.maximum(kept, 0)
-        candidate = np.take_along_axis(at, column, axis=1)
-        slots = np.where(shown, np.take_along_axis(picks, column, axis=1), -1)
-        sources = np.take_along_axis(candidates.sources, candidate, axis=1)
-        exploration = np.take_along_axis(selected.exploration, column, axis=1)
+        shown = verify_slates(
+            selected.picks, selected.n_slate, selected.n_reserve, selected.exploration,
+            candidates.slots, candidates.utility, candidates.sources, batch.limits, batch.filter_of,
+            self._streams.row_columns(), filters, self._streams.book.exclude_bits, now_ms,
+        )  # fmt: skip
         clock.stage("verify_us")
         return SlateBatch(
             batch=batch,
-            slots=slots,
-            counts=counts,
-            scores=np.take_along_axis(candidates.utility, candidate, axis=1),
-            sources=sources,
-            exploration=exploration,
+            slots=shown.slots,
+            counts=shown.counts,
+            scores=shown.scores,
+            sources=shown.sources,
+            exploration=shown.exploration,
             as_of_ms=now_ms,
             times=clock.times(),
-            picks=picks,
-            drops=drops,
-            tally=tally_of(slots, sources, exploration, picks, drops, candidates, selected),
+            picks=shown.pick_slots,
+            drops=shown.drops,
+            tally=tally_of(
+                shown.slots, shown.sources, shown.exploration, shown.pick_slots, shown.drops, candidates, selected
+            ),
             candidates=candidates,
             selected=selected,
         )
@@ -266,6 +265,14 @@ class Pipeline:
             picks, n_picks, batch.limits, batch.filter_of, self._streams.row_columns(), filters,
             self._streams.book.exclude_bits, now_ms,
         )  # fmt: skip
+
+
+def _joined(views: list[View]) -> Views:
+    """The lists of the batch's views as one."""
+    starts = np.cumsum([0, *(len(view.slots) for view in views)], dtype=np.int64)
+    if len(views) == 1:
+        return Views(views[0].slots, views[0].sources, starts)
+    return Views(np.concatenate([v.slots for v in views]), np.concatenate([v.sources for v in views]), starts)
 
 
 class _StageClock:

@@ -6,9 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.slate import Outcome, Slates
+from kernels.tally import DROPS, OUTCOMES, count_batch
 from kernels.verify import Drop
 from server.ranking.slates import Candidates, Tally
 from server.retrieval.sources import SOURCES
+
+_NOT_PROPOSED, _NOT_SELECTED = np.zeros((0, 0), np.uint32), np.zeros((0, 0), np.uint8)
+_NONE_EXCLUDED = np.zeros(0, np.int32)
 
 
 def tally_of(
@@ -21,24 +25,21 @@ def tally_of(
     selected: Slates | None = None,
 ) -> Tally:
     """The tally of B verified slates; shapes as in `SlateBatch`. Without candidates nothing was proposed."""
-    shown = slots >= 0
-    none = np.zeros(len(SOURCES), np.int64)
-    outcomes = np.zeros(len(Outcome), np.int64)
-    if selected is not None:
-        outcomes = np.bincount(selected.outcome.ravel(), minlength=len(Outcome))
+    counts = count_batch(
+        _NOT_PROPOSED if candidates is None else candidates.sources,
+        _NOT_SELECTED if selected is None else selected.outcome,
+        picks, drops, slots, sources, exploration,
+        _NONE_EXCLUDED if candidates is None else candidates.excluded,
+    )  # fmt: skip
     return Tally(
-        proposed=none if candidates is None else _count_bits(candidates.sources.ravel()),
-        served=_count_bits(sources[shown]),
-        excluded=0 if candidates is None else int(candidates.excluded.sum()),
-        outcomes=outcomes,
-        drops=np.bincount(drops[picks >= 0], minlength=len(Drop)),
-        shown=int(np.count_nonzero(shown)),
-        explored=int(np.count_nonzero(shown & (exploration > 0))),
+        proposed=counts.proposed[: len(SOURCES)],
+        served=counts.served[: len(SOURCES)],
+        excluded=int(counts.totals[2]),
+        outcomes=counts.outcomes,
+        drops=counts.drops,
+        shown=int(counts.totals[0]),
+        explored=int(counts.totals[1]),
     )
 
 
-def _count_bits(sources: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """How many of ``sources`` uint32[n] have each source's bit, int64[S]: one histogram of bit patterns."""
-    patterns = np.bincount(sources, minlength=1 << len(SOURCES))
-    every = np.arange(len(patterns))
-    return np.array([patterns[(every >> bit) & 1 == 1].sum() for bit in range(len(SOURCES))], np.int64)
+assert (len(Outcome), len(Drop)) == (OUTCOMES, DROPS)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
 from liverank.v1 import ranking_pb2 as pb
 
-from kernels.wire import encode_streams
+from kernels.wire import encode_streams, reply_head, text_fields, uint_fields
 from server.live.table import LiveTable
 from server.ranking.slates import ReplyState, SlateBatch
 from server.retrieval.sources import SOURCES
 
 SOURCE_NAMES = tuple(source.name for source in SOURCES)
+_CLAMPED, _SEEN = text_fields(9, ("limit_clamped",)), text_fields(9, ("seen_excluded",))
 
 
 def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, started_s: float) -> list[bytes]:
     """One serialised RankResponse per request of the batch. Called on the engine thread.
 
-    Concatenated protobuf messages merge, so a reply is the small header, written by protobuf, followed by
-    the `streams` entries, written by the kernel. ``started_s``: when the batch began, monotonic.
+    Concatenated protobuf messages merge, so a reply is what concerns its request, then what all of the batch share,
+    written by protobuf once, then the `streams` entries, written by the kernel. ``started_s``: when the batch
+    began, monotonic.
     """
-    streams = slates.wire if slates.wire is not None else _encode_on_host(slates, table)
+    streams: Sequence[bytes | memoryview] = slates.wire if slates.wire is not None else _encode_on_host(slates, table)
     degradation = pb.Degradation(level=int(state.level), reasons=state.reasons)  # type: ignore[arg-type]
     if state.quality < 1.0:
         degradation.quality = state.quality
@@ -34,35 +36,38 @@ def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, star
         source_names=SOURCE_NAMES,
         score_age_ms=state.score_age_ms,
     ).SerializeToString()
-    times, replies = slates.times, []
-    for b, request in enumerate(slates.batch.requests):
-        problem = f"viewer_embedding: {request.embedding_problem}" if request.embedding_problem else ""
-        own = pb.RankResponse(
-            request_id=request.request_id,
-            degradation=pb.Degradation(reasons=[problem]) if problem else None,
-            timings=pb.Timings(
-                queue_us=max(0, int((started_s - request.received_s) * 1e6)),
-                retrieve_us=times.retrieve_us,
-                blend_us=times.blend_us,
-                score_us=times.score_us,
-                select_us=times.select_us,
-                verify_us=times.verify_us,
-                batch_rows=len(slates.batch),
-            ),
-            notices=[
-                *(("limit_clamped",) if request.limit_clamped else ()),
-                *(("seen_excluded",) if slates.batch.seen[b] else ()),
-            ],
-        ).SerializeToString()
-        replies.append(own + common + streams[b])
+    times, seen = slates.times, slates.batch.seen
+    of_batch = uint_fields(
+        (
+            times.retrieve_us, times.blend_us, times.select_us, times.verify_us, len(slates.batch), times.score_us,
+        ), first=2,
+    )  # fmt: skip
+    heads: dict[float, bytes] = {}  # requests that came in one call have been waiting equally long
+    replies = []
+    for b, (request, mine) in enumerate(zip(slates.batch.requests, streams, strict=True)):
+        timings = heads.get(request.received_s)
+        if timings is None:
+            queue_us = max(0, int((started_s - request.received_s) * 1e6))
+            timings = heads[request.received_s] = uint_fields((queue_us,)) + of_batch
+        notices = (_CLAMPED if request.limit_clamped else b"") + (_SEEN if seen[b] else b"")
+        head = reply_head(request.request_id.encode(), timings, notices)
+        if request.embedding_problem:
+            head += _missing_embedding(request.embedding_problem)
+        replies.append(b"".join((head, common, mine)))
     return replies
 
 
-def _encode_on_host(slates: SlateBatch, table: LiveTable) -> list[bytes]:
+def _encode_on_host(slates: SlateBatch, table: LiveTable) -> Sequence[bytes | memoryview]:
     columns = table.columns
     buffer, offsets = encode_streams(
         slates.slots, slates.counts, slates.scores, columns.epoch, columns.lease_expires_ms,
         slates.sources, slates.exploration, columns.ids, columns.id_lengths,
     )  # fmt: skip
-    streams = np.ascontiguousarray(buffer).tobytes()
-    return [streams[i:j] for i, j in pairwise(offsets)]
+    streams = memoryview(buffer)  # type: ignore[arg-type]
+    return [streams[i:j] for i, j in pairwise(offsets.tolist())]
+
+
+def _missing_embedding(problem: str) -> bytes:
+    """The reason, before those of the whole batch."""
+    reason = f"viewer_embedding: {problem}"
+    return pb.RankResponse(degradation=pb.Degradation(reasons=[reason])).SerializeToString()

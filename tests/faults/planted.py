@@ -28,17 +28,20 @@ DELAY_S = 0.15
 
 def skip_the_last_check() -> None:
     """Slates are what the tick's candidate lists held."""
-    right = verify.verify_picks
 
-    def unchecked(picks: Any, n_picks: Any, limits: Any, filter_of: Any, rows: Any, *rest: Any) -> Any:
-        blind = rows._replace(
-            state=np.full_like(rows.state, fence.LIVE),
-            lease_expires_ms=np.full_like(rows.lease_expires_ms, 1 << 60),
-            rule_bits=np.zeros_like(rows.rule_bits),
+    def blind(argument: Any) -> Any:
+        if not isinstance(argument, verify.RowColumns):
+            return argument
+        return argument._replace(
+            state=np.full_like(argument.state, fence.LIVE),
+            lease_expires_ms=np.full_like(argument.lease_expires_ms, 1 << 60),
+            rule_bits=np.zeros_like(argument.rule_bits),
         )
-        return right(picks, n_picks, limits, filter_of, blind, *rest)
 
-    pipeline.verify_picks = unchecked  # type: ignore[assignment]
+    def unchecked(*arguments: Any) -> Any:
+        return verify.verify_slates(*map(blind, arguments))
+
+    pipeline.verify_slates = unchecked  # type: ignore[assignment]
 
 
 def renew_on_any_heartbeat() -> None:
@@ -100,7 +103,7 @@ BUGS: dict[str, Callable[[], None]] = {
     "acknowledge before it is durable": acknowledge_before_it_is_durable,  # only a kill shows it, and must follow
 }
 RIGHT_TICK, RIGHT_APPLY, RIGHT_APPEND = Engine._tick, Engine._apply, SqliteLog.append
-RIGHT_FENCE, RIGHT_VERIFY = fence.fence_events, verify.verify_picks
+RIGHT_FENCE, RIGHT_VERIFY = fence.fence_events, verify.verify_slates
 
 
 def plant(name: str) -> None:
@@ -108,7 +111,7 @@ def plant(name: str) -> None:
     Engine._tick, Engine._apply = RIGHT_TICK, RIGHT_APPLY  # type: ignore[method-assign]
     SqliteLog.append = RIGHT_APPEND  # type: ignore[method-assign]
     table_module.fence.fence_events = RIGHT_FENCE
-    pipeline.verify_picks = RIGHT_VERIFY
+    pipeline.verify_slates = RIGHT_VERIFY
     if name != "none":
         BUGS[name]()
 

@@ -16,8 +16,16 @@ from kernels.groups import (
     first_of_groups,
     first_of_groups_reference,
 )
-from kernels.merge import merge_candidates, merge_candidates_reference
-from kernels.proposals import join_proposals, join_proposals_reference
+from kernels.merge import (
+    Proposed,
+    Seen,
+    Views,
+    merge_candidates,
+    merge_candidates_reference,
+    merge_proposals,
+    merge_proposals_reference,
+)
+from kernels.tally import count_batch, count_batch_reference
 from kernels.verify import (
     Drop,
     FilterColumns,
@@ -26,6 +34,8 @@ from kernels.verify import (
     eligible_rows,
     verify_picks,
     verify_picks_reference,
+    verify_slates,
+    verify_slates_reference,
 )
 
 NOW = 1_000_000
@@ -121,35 +131,6 @@ def test_groups_refuse_what_does_not_fit_by_name() -> None:
         eligible_members(grouped, one, offsets, np.ones((1, 3), bool), one + np.int32(1), 1)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_joined_proposals_equal_the_reference(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    batch, n_views = int(rng.integers(0, 6)), int(rng.integers(1, 4))
-    views = [
-        (rng.integers(0, 99, m).astype(np.int32), rng.integers(1, 16, m).astype(np.uint32))
-        for m in rng.integers(0, 9, n_views)
-    ]
-    view_of, limits = rng.integers(0, n_views, batch).astype(np.int32), rng.integers(0, 12, batch).astype(np.int32)
-    found = [ragged(rng, batch, 5, 99), ragged(rng, batch, 0, 99), ragged(rng, batch, 7, 99)]
-    arguments = (views, view_of, limits, found, [1 << 4, 1 << 7, 1 << 31])
-    for got, wanted in zip(join_proposals(*arguments), join_proposals_reference(*arguments), strict=True):
-        np.testing.assert_array_equal(got, wanted)
-        assert got.dtype == wanted.dtype
-
-
-def test_joining_refuses_what_does_not_fit_by_name() -> None:
-    view = (np.arange(3, dtype=np.int32), np.ones(3, np.uint32))
-    of, limits, found = np.zeros(2, np.int32), np.ones(2, np.int32), (np.arange(2, dtype=np.int32), np.array([0, 1, 2]))
-    for bad in (np.array([0, 1], np.int32), np.array([0, -1], np.int32)):
-        with pytest.raises(ValueError, match=r"^view_of:"):
-            join_proposals([view], bad, limits, [found], [1])
-    with pytest.raises(ValueError, match=r"^limits:"):
-        join_proposals([view], of, limits[:1], [found], [1])
-    for ends in ([0, 1, 3], [0, 3, 2], [1, 1, 2]):
-        with pytest.raises(ValueError, match=r"^found:"):
-            join_proposals([view], of, limits, [(found[0], np.array(ends))], [1])
-
-
 def random_rows(rng: np.random.Generator, n: int) -> RowColumns:
     return RowColumns(
         state=rng.choice([1, 1, 1, 1, 0, 2, 3], n).astype(np.uint8),
@@ -233,3 +214,122 @@ def test_a_missing_pick_inside_the_slate_is_refused() -> None:
     one = np.ones(1, np.int32)
     with pytest.raises(ValueError, match="picks: 0 to 3"):
         verify_picks(np.array([[-1]], np.int32), one, one, np.zeros(1, np.int32), rows, FILTERS, 0, NOW)
+
+
+def proposals(rng: np.random.Generator, n_slots: int) -> tuple[Any, ...]:
+    """Arguments of `merge_proposals` but the scratch: lists of every length, shared, overlapping and empty ones too."""
+    rows, n_views, n_sources = (int(n) for n in rng.integers([0, 1, 0], [7, 4, 4]))
+    lists = [rng.permutation(n_slots)[: rng.integers(0, n_slots + 1)] for _ in range(n_views)]
+    starts = np.cumsum([0, *map(len, lists)]).astype(np.int64)
+    views = Views(np.concatenate(lists).astype(np.int32), rng.integers(1, 64, starts[-1]).astype(np.uint32), starts)
+    view_of = rng.integers(0, n_views, rows).astype(np.int32)
+    view_limits = rng.integers(0, np.diff(starts)[view_of] + 1).astype(np.int32)
+    lengths = rng.integers(0, 12, (n_sources, rows))
+    offsets = np.zeros((n_sources, rows + 1), np.int64)
+    first = 0
+    for s in range(n_sources):
+        offsets[s] = first + np.concatenate([[0], np.cumsum(lengths[s])])
+        first = int(offsets[s, -1])
+    found = rng.integers(-1, n_slots, first).astype(np.int32)
+    bits = (1 << np.arange(n_sources)).astype(np.uint32)
+    return views, view_of, view_limits, Proposed(found, offsets, bits), *ragged(rng, rows, 10, n_slots, low=-1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_merging_in_place_equals_merging_one_list_and_remembers_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n_slots = int(rng.integers(1, 30))
+    seen = Seen(n_slots)
+    for _ in range(4):  # the same scratch: no request may meet another's marks
+        arguments = proposals(rng, n_slots)
+        fast, plain = merge_proposals(*arguments, seen), merge_proposals_reference(*arguments, seen)
+        for a, b in zip(fast, plain, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_marks_of_a_merge_are_cleared_when_their_numbers_run_out() -> None:
+    seen = Seen(5)
+    seen._next = (1 << 31) - 3
+    arguments = (
+        Views(np.array([1, 2], np.int32), np.ones(2, np.uint32), np.array([0, 2])), np.zeros(2, np.int32),
+        np.full(2, 2, np.int32), Proposed(np.array([2], np.int32), np.array([[0, 1, 1]]), np.full(1, 2, np.uint32)),
+        np.zeros(0, np.int32), np.zeros(3, np.int64),
+    )  # fmt: skip
+    for _ in range(3):
+        slots, sources, counts, _ = merge_proposals(*arguments, seen)
+        assert (slots.tolist(), sources.tolist(), counts.tolist()) == ([[1, 2]] * 2, [[1, 3], [1, 1]], [2, 2])
+    assert seen._next < 10
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "named"),
+    [
+        ("views", [1, 5], "slots: below 5"), ("proposed", [5], "slots: below 5"), ("excluded", [5], "excluded"),
+        ("view_of", [1], "view_of: 0 to 0"), ("view_limits", [3], "view_limits"),
+    ],
+)  # fmt: skip
+def test_merging_refuses_what_is_out_of_range(field: str, bad: list[int], named: str) -> None:
+    value = {"views": [1, 2], "proposed": [3], "excluded": [0], "view_of": [0], "view_limits": [2], field: bad}
+    column = {name: np.array(numbers, np.int32) for name, numbers in value.items()}
+    with pytest.raises(ValueError, match=f"^{named}"):
+        merge_proposals(
+            Views(column["views"], np.ones(2, np.uint32), np.array([0, 2])), column["view_of"],
+            column["view_limits"], Proposed(column["proposed"], np.array([[0, 1]]), np.ones(1, np.uint32)),
+            column["excluded"], np.array([0, 1]), Seen(5),
+        )  # fmt: skip
+
+
+def chosen_slates(rng: np.random.Generator) -> tuple[Any, ...]:
+    """Arguments of `verify_slates`, with short, empty and padded slates."""
+    b, candidates, width = int(rng.integers(0, 6)), 25, int(rng.integers(1, 20))
+    slots = np.stack([rng.permutation(40)[:candidates] for _ in range(b)] or [np.zeros(candidates)]).astype(np.int32)
+    picks = np.stack([rng.permutation(candidates)[:width] for _ in range(b)] or [np.zeros(width)]).astype(np.int32)
+    n_slate = rng.integers(0, width + 1, b).astype(np.int32)
+    n_reserve = rng.integers(0, width + 1 - n_slate).astype(np.int32)
+    picks = np.where(np.arange(width) < (n_slate + n_reserve)[:, None], picks[:b], -1).astype(np.int32)
+    utility = rng.normal(size=(b, candidates)).astype(np.float32)
+    return (
+        picks, n_slate, n_reserve, rng.random((b, width), np.float32), slots[:b], utility,
+        rng.integers(0, 64, (b, candidates)).astype(np.uint32), rng.integers(0, 12, b).astype(np.int32),
+        rng.integers(0, 3, b).astype(np.int32), random_rows(rng, 40), FILTERS, 0b100101, NOW,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_is_shown_equals_the_reference(seed: int) -> None:
+    arguments = chosen_slates(np.random.default_rng(seed))
+    fast, plain = verify_slates(*arguments), verify_slates_reference(*arguments)
+    for name in fast._fields:
+        got, wanted = getattr(fast, name), getattr(plain, name)
+        assert got.dtype == wanted.dtype, name
+        np.testing.assert_array_equal(got, wanted, err_msg=name)
+
+
+def test_a_pick_outside_its_candidates_or_the_table_is_refused() -> None:
+    rng = np.random.default_rng(5)
+    arguments = chosen_slates(rng)
+    while not (arguments[1] > 0).any():
+        arguments = chosen_slates(rng)
+    b = int(np.flatnonzero(arguments[1])[0])
+    picks, slots = arguments[0].copy(), arguments[4].copy()
+    picks[b, 0] = slots.shape[1]
+    with pytest.raises(ValueError, match=r"^picks: 0 to 24"):
+        verify_slates(picks, *arguments[1:])
+    slots[b, arguments[0][b, 0]] = 40
+    with pytest.raises(ValueError, match=r"^slots: 0 to 39"):
+        verify_slates(*arguments[:4], slots, *arguments[5:])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_batch_is_counted_as_the_reference_counts_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    b, k, p, width = (int(n) for n in rng.integers([0, 0, 0, 0], [5, 90, 20, 9]))
+    arguments = (
+        rng.integers(0, 2**32, (b, k)).astype(np.uint32), rng.integers(0, 7, (b, k)).astype(np.uint8),
+        rng.integers(-1, 9, (b, p)).astype(np.int32), rng.integers(0, 9, (b, p)).astype(np.uint8),
+        rng.integers(-1, 9, (b, width)).astype(np.int32), rng.integers(0, 2**32, (b, width)).astype(np.uint32),
+        np.maximum(rng.normal(size=(b, width)), 0).astype(np.float32), rng.integers(0, 9, b).astype(np.int32),
+    )  # fmt: skip
+    for fast, plain in zip(count_batch(*arguments), count_batch_reference(*arguments), strict=True):
+        np.testing.assert_array_equal(fast, plain)

@@ -101,16 +101,21 @@ def test_lazy_kernel_equals_eager_reference(problem: dict[str, Any]) -> None:
     assert_same(select_slates(**problem), select_slates_reference(**problem))
 
 
-@pytest.mark.parametrize("diversity", [0.0, 0.2, 1.0])
-def test_lazy_kernel_equals_eager_reference_at_full_size(diversity: float) -> None:
+@pytest.mark.parametrize(
+    ("diversity", "dim", "levels"), [(0.0, 32, 0), (0.2, 32, 0), (0.2, 64, 0), (1.0, 64, 0), (0.2, 64, 3), (0.0, 64, 1)]
+)
+def test_lazy_kernel_equals_eager_reference_at_full_size(diversity: float, dim: int, levels: int) -> None:
+    """``levels``: how many different utilities there are; 0: all are."""
     rng = np.random.default_rng(7)
     rows, width, batch = 3000, 400, 3
-    embeddings = rng.standard_normal((rows, 32)) + 2 * rng.standard_normal((12, 32))[rng.integers(0, 12, rows)]
+    embeddings = rng.standard_normal((rows, dim)) + 2 * rng.standard_normal((12, dim))[rng.integers(0, 12, rows)]
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     embeddings[rng.random(rows) < 0.1] = 0
     problem = {
         "slots": np.stack([rng.permutation(rows)[:width] for _ in range(batch)]).astype(np.int32),
-        "utility": rng.standard_normal((batch, width)).astype(np.float32),
+        "utility": (rng.integers(0, levels, (batch, width)) if levels else rng.standard_normal((batch, width))).astype(
+            np.float32
+        ),
         "explorable": rng.random((batch, width)) < 0.2,
         "creators": rng.integers(0, 200, rows).astype(np.int32),
         "categories": rng.integers(0, 9, rows).astype(np.int32),

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from liverank.v1 import ranking_pb2
 
-from kernels.wire import encode_streams, encode_streams_reference, frame_messages
+from kernels.wire import (
+    encode_streams,
+    encode_streams_reference,
+    frame_messages,
+    reply_head,
+    text_fields,
+    uint_fields,
+    varint,
+)
 
 FLOATS = st.one_of(
     st.floats(width=32, allow_nan=False),
@@ -164,3 +172,42 @@ def test_a_response_longer_than_one_varint_byte_is_framed() -> None:
     buffer, _ = encode_streams(**reply)
     framed = frame_messages([buffer.tobytes()])
     assert len(ranking_pb2.RankBatchResponse.FromString(framed).responses[0].streams) == 300
+
+
+UINTS = st.one_of(st.integers(0, 2**32 - 1), st.sampled_from([0, 127, 128, 16_383, 16_384, 2**32 - 1]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=16),
+    st.lists(UINTS, min_size=6, max_size=6),
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=200), max_size=3),
+)
+def test_the_head_of_a_reply_is_what_the_generated_classes_write(
+    request_id: str, times: list[int], notices: list[str]
+) -> None:
+    names = ("queue_us", "retrieve_us", "blend_us", "select_us", "verify_us", "batch_rows")
+    message = ranking_pb2.RankResponse(
+        request_id=request_id,
+        timings=ranking_pb2.Timings(**dict(zip(names, times, strict=True))),
+        notices=notices,
+    )
+    timings = uint_fields(times[:1]) + uint_fields(times[1:], first=2)
+    assert reply_head(request_id.encode(), timings, text_fields(9, notices)) == message.SerializeToString()
+
+
+@pytest.mark.parametrize("too_long", [(b"x" * 128, b""), (b"", b"x" * 128)])
+def test_a_head_that_would_need_a_longer_length_is_refused(too_long: tuple[bytes, bytes]) -> None:
+    with pytest.raises(ValueError, match=r"^request_id, timings"):
+        reply_head(*too_long, b"")
+
+
+@pytest.mark.parametrize("value", [0, 1, 127, 128, 300, 16_383, 16_384, 2**35])
+def test_a_varint_is_seven_bits_a_byte_lowest_first(value: int) -> None:
+    groups = varint(value)
+    assert sum((byte & 0x7F) << 7 * i for i, byte in enumerate(groups)) == value
+    assert (
+        all(byte & 0x80 for byte in groups[:-1])
+        and groups[-1] < 0x80
+        and len(groups) == max(1, -(-value.bit_length() // 7))
+    )
