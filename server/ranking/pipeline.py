@@ -41,7 +41,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Proposed(Started):
+class Gathered(Started):
     """A batch with its candidates. asked: what the ranker works on; None: there is none, or nothing to ask."""
 
     filters: FilterColumns
@@ -91,11 +91,11 @@ class Pipeline:
         scored = Candidates(*candidates, utility, similarity)
         asked = None if self.ranker is None else self.ranker.ask(batch, scored, self._clock.now_ms())
         clock.stage("blend_us")
-        return Proposed(batch, quality, filters, scored, clock, asked)
+        return Gathered(batch, quality, filters, scored, clock, asked)
 
     def finish(self, started: Started) -> SlateBatch:
         """The slates of a batch, checked against the table as it is now. Waits `Started.wait_s`."""
-        assert isinstance(started, Proposed)
+        assert isinstance(started, Gathered)
         batch, filters, scored, clock = started.batch, started.filters, started.candidates, started.clock
         ranked_by = None
         if started.asked is not None:
