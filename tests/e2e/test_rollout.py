@@ -258,10 +258,8 @@ def test_a_restart_goes_on_where_the_rollout_stood(tmp_path: Path, percent: floa
 
 def test_a_rollout_file_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "events.rollout.json").write_text('{"format": 1, "models": {"trendiness": {"serving": 1}}}')
-    with (
-        pytest.raises(ConfigError, match=r"rollout.file: .*events.rollout.json cannot be used: keys serving, "),
-        running_app(tmp_path, **settings(tmp_path)),
-    ):
+    told = r"rollout.file: .*events.rollout.json cannot be used: keys serving, "
+    with pytest.raises(ConfigError, match=told), running_app(tmp_path, **settings(tmp_path)):
         pass
 
 

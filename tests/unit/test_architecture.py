@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.live": {"kernels", *LEAVES},
     "server.log": {"server.live", *LEAVES},
     "server.scoring": {*LEAVES},
+    "server.rollout": {"server.scoring", "server.security", *LEAVES},
     "server.batching": set(),
     "server.admission": {"server.batching", *LEAVES},
     "server.rules": {"kernels", "server.live", *LEAVES},
@@ -67,6 +68,7 @@ def test_only_the_edge_knows_grpc_and_only_the_model_transport_knows_triton() ->
                 "app.py",
                 "channel.py",
                 "client.py",
+                "model_client.py",
                 "doctor/health.py",
                 "scoring/triton.py",
             ), place
