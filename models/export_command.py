@@ -38,9 +38,8 @@ def run(options: argparse.Namespace) -> int:
     except ExportMismatch as error:
         raise ConfigError(f"{options.weights}: {error}; nothing was written") from error
     facts = json.loads((folder / "metrics.json").read_text())
-    print(
-        f"wrote {folder}: {found.model_name} for feature schema {found.schema}, commit {facts['commit'] or 'unknown'}"
-    )
+    revision = facts["commit"] or "unknown"
+    print(f"wrote {folder}: {found.model_name} for feature schema {found.schema}, commit {revision}")
     print(f"ONNX and torch differ by {facts['onnx_difference']:.2g} at most on {facts['onnx_checked_rows']} rows")
     told = {"folder": str(folder), "onnx_difference": facts["onnx_difference"], "headline": facts["headline"]}
     print(json.dumps(told))

@@ -28,8 +28,8 @@ _WEIGHT = "weight:"
 class Weights:
     """A model with what belongs to it.
 
-    model_name: in the repository. schema: of its features. sample float32[n, F]: rows it was tested on. facts, headline:
-    for metrics.json; ``headline`` is a few numbers by which versions are compared and gated.
+    model_name: in the repository. schema: of its features. sample float32[n, F]: rows it was tested on. facts: for
+    metrics.json. headline: the few numbers by which versions are compared and gated.
     """
 
     model: Trendiness

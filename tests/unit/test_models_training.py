@@ -85,7 +85,10 @@ def test_weights_are_exported_again_as_the_same_graph(
     assert liverank(command) == 0
     again = tmp_path / "trendiness" / "2"
     assert (again / "model.onnx").read_bytes() == (made / "model.onnx").read_bytes()
-    assert json.loads((again / "metrics.json").read_text()) == json.loads((made / "metrics.json").read_text())
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (made, again))
+    on_sample = {"onnx_difference", "onnx_checked_rows"}
+    assert {k: first[k] for k in first.keys() - on_sample} == {k: second[k] for k in second.keys() - on_sample}
+    assert second["commit"] and second["onnx_checked_rows"] > 512
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 <= told["onnx_difference"] <= TOLERANCE and told["headline"]["auc"] == headline(tiny.facts)["auc"]
     known = onnxruntime.InferenceSession(again / "model.onnx").get_modelmeta().custom_metadata_map
