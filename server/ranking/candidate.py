@@ -109,7 +109,8 @@ class Candidate:
         assert self.result is not None and self.result.order is not None
         pipeline, streams, base = self._pipeline, self._streams, self._pipeline.snapshot
         if self._snapshot is None or self._base is not base:
-            # What does not depend on scores is shared with the tick's own view.
+            # What does not depend on scores is worked out once per tick for both.
+            _ = base.showable, base.fresh_order
             self._snapshot, self._base = copy.copy(base), base
             self._snapshot.trend_order, self._snapshot.views = self.result.order, {}
         trend = streams.trend
