@@ -192,12 +192,10 @@ def _print_models(reply: pb.ListModelsResponse, as_json: bool) -> None:
         console.print(versions)
         if model.HasField("trial"):
             print(_trial_line(model))
-        if model.history:
-            history = Table("at", "who", "step", "version", "outcome", "why")
-            for entry in model.history:
-                why = entry.why if not entry.detail else f"{entry.why}: {entry.detail}"
-                history.add_row(entry.at, entry.who, entry.step, str(entry.version), entry.outcome, why)
-            console.print(history)
+        for entry in model.history:
+            why = entry.why if not entry.detail else f"{entry.why} ({entry.detail})"
+            step = f"{entry.step} {model.rollout.model}/{entry.version}"
+            print(f"{entry.at}  {entry.who}  {step}  {entry.outcome}: {why}")
 
 
 def _trial_line(model: pb.Model) -> str:

@@ -129,7 +129,8 @@ def test_the_whole_way_and_bad_pushes_disturb_nobody(tmp_path: Path) -> None:
         assert set(asking.degraded) == {"NONE"}
 
 
-def test_a_version_that_triton_cannot_load_is_taken_out_again(tmp_path: Path) -> None:
+def test_a_push_that_triton_cannot_end_is_taken_out_again(tmp_path: Path) -> None:
+    """Once because Triton cannot load the version, once because it dies while it does."""
     put_lattice(tmp_path / "models")
     with (
         ts.running_triton(tmp_path / "models", tmp_path / "triton.log", "trendiness") as triton,
@@ -145,8 +146,21 @@ def test_a_version_that_triton_cannot_load_is_taken_out_again(tmp_path: Path) ->
                 push(client, 2)
             config.write_text(good)
             ts.eventually(lambda: asking.versions["trendiness/1"] > 20)
-        assert set(asking.versions) == {"trendiness/1"} and not asking.faults
-        assert sorted(path.name for path in config.parent.iterdir()) == ["1", "config.pbtxt"]
+            left = sorted(path.name for path in config.parent.iterdir())
+            assert left == ["1", "config.pbtxt"]
+
+            request = pb.PushModelRequest(version=2, files=files_of(lattice_net(2)), why=WHY)
+            pushing = client.admin.PushModel.future(request, timeout=90.0)
+            ts.eventually((config.parent / "2").exists, what="Triton is about to load it")
+            triton.kill()
+            ts.finish(triton.runner, None)
+            assert status_of(pushing.exception(90.0))[0] == "FAILED_PRECONDITION"
+            ts.eventually(lambda: asking.degraded["LAST_GOOD"] + asking.degraded["FORMULA"] > 0, within_s=20.0)
+            with ts.running_triton(tmp_path / "models", tmp_path / "again.log", "trendiness", port=triton.port):
+                by_model(client)
+                seen(asking, "trendiness/1")
+                assert push(client, 2).rollout.candidate == 2
+        assert set(asking.versions) == {"trendiness/1"} and not asking.faults, asking.faults[:3]
 
 
 def test_a_triton_restarted_in_a_canary_gets_back_what_it_lost(tmp_path: Path) -> None:
