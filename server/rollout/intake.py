@@ -9,7 +9,7 @@ from pathlib import Path
 from server.config import RolloutSettings
 from server.errors import ModelRefused, NotFound
 from server.rollout.agreement import Agreement, compare
-from server.rollout.base import ServingPath
+from server.rollout.base import Rows, ServingPath
 from server.rollout.probe import Tried, try_model
 from server.rollout.repository import GRAPH, Facts, Repository
 
@@ -30,7 +30,7 @@ def examine(settings: RolloutSettings, path: ServingPath, repository: Repository
         ModelRefused: unreadable, another feature schema, other tensors, not finite on the sample, below the gate.
     """
     label = f"{path.model}/{version}"
-    facts, _ = _look(path, repository, folder, label)
+    facts, _ = _look(path, repository, folder, label, path.samples())
     if facts.schema != path.contract.schema:
         raise ModelRefused(
             f"{label} was built for feature schema {facts.schema or '(none)'!r}, this server has "
@@ -43,12 +43,12 @@ def examine(settings: RolloutSettings, path: ServingPath, repository: Repository
 
 def diff(path: ServingPath, repository: Repository, first: int, second: int) -> Diff:
     """Metrics of two versions, and their scores of the same sampled rows. Raises NotFound, ModelRefused."""
-    looked = []
+    looked, rows = [], path.samples()
     for number in (first, second):
         label, folder = f"{path.model}/{number}", repository.path(number)
         if not folder.is_dir():
             raise NotFound(f"{label} is not in the repository")
-        looked.append(_look(path, repository, folder, label))
+        looked.append(_look(path, repository, folder, label, rows))
     (facts, one), (others, other) = looked
     return Diff(facts, others, None if one is None or other is None else compare(one.scores, other.scores))
 
@@ -69,13 +69,15 @@ def gate_problem(settings: RolloutSettings, metrics: Mapping[str, float]) -> str
     return ""
 
 
-def _look(path: ServingPath, repository: Repository, folder: Path, label: str) -> tuple[Facts, Tried | None]:
+def _look(
+    path: ServingPath, repository: Repository, folder: Path, label: str, rows: Rows
+) -> tuple[Facts, Tried | None]:
     """What metrics.json and the model say; for schema and commit the model's word comes first."""
     try:
         known = repository.facts(folder)
         if not (folder / GRAPH).is_file():
             return known, None
-        tried = try_model(folder / GRAPH, path.contract, path.samples())
+        tried = try_model(folder / GRAPH, path.contract, rows)
     except ModelRefused as refusal:
         raise ModelRefused(f"{label}: {refusal}") from None
     told = tried.facts

@@ -83,6 +83,20 @@ class Repository:
             raise ModelRefused(f"{staged} cannot be written: {error.strerror}") from error
         return staged
 
+    def note(self, staged: Path, facts: Facts) -> None:
+        """Adds to what was staged what only its model told, so that it can be listed without running it.
+
+        Raises:
+            ModelRefused: metrics.json is none, or cannot be written.
+        """
+        path = staged / FACTS
+        try:
+            values = json.loads(path.read_text()) if path.is_file() else {}
+            told = {"feature_schema": facts.schema, "commit": facts.commit, "headline": dict(facts.metrics)}
+            path.write_text(json.dumps({**told, **values}, indent=2) + "\n")
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelRefused(f"{FACTS}: {error}") from error
+
     def place(self, staged: Path, version: int) -> bool:
         """Makes staged files the version; False when exactly these were there already.
 

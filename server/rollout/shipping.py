@@ -183,6 +183,7 @@ class Shipping:
                 raise ModelRefused(f"{model}/{version} is not in the repository, and no files came with the call")
             facts = examine(self._settings, path, repository, staged, version)
             if files:
+                repository.note(staged, facts)
                 placed = repository.place(staged, version)
             with self._lock:
                 held = self._rollouts[model].held

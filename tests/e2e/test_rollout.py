@@ -69,6 +69,9 @@ def test_a_version_goes_the_whole_way_and_comes_back(client: Client) -> None:
     pushed = push(client)
     assert (pushed.rollout.serving, pushed.rollout.candidate, pushed.rollout.stage) == (1, 2, "pushed")
     assert dict(pushed.version.metrics) == METRICS
+    (candidate,) = (version for version in listed(client).versions if version.version == 2)
+    assert candidate.feature_schema == FEATURES.schema and dict(candidate.metrics) == METRICS
+    assert list(candidate.roles) == ["candidate"]
     client.tick()
     assert set(served(client).values()) == {"trendiness/1"}, "a new folder is there, and serves nobody"
 
@@ -274,8 +277,12 @@ def test_explain_follows_the_version_that_the_viewer_is_ranked_by(client: Client
     assert round(trend * 1000) % 2 == 0
 
 
-def test_diff_tells_metrics_and_agreement_of_two_versions(client: Client) -> None:
+def test_diff_tells_metrics_and_agreement_of_two_versions(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     push(client, files=files_of(lattice_net(2), b'{"headline": {"auc": 0.9}, "commit": "abc"}'))
+    path = client.app.shipping._paths[MODEL]
+    rows = path.samples()["features"]
+    other_rows = iter([rows, rows[::-1].copy()])  # the server scores on between two looks
+    monkeypatch.setattr(path, "samples", lambda: {"features": next(other_rows)})
     found = client.admin.DiffModels(pb.DiffModelsRequest(first=1, second=2), timeout=60.0)
     assert (found.first.metrics["auc"], found.second.metrics["auc"], found.second.commit) == (0.8, 0.9, "abc")
     assert found.agreement.rank_correlation > 0.99 and found.agreement.rows >= 60
