@@ -71,3 +71,23 @@ def test_a_token_without_the_role_is_refused_and_one_with_it_is_named_in_both_au
     assert [(e["who"], e["outcome"]) for e in audited if e["what"].endswith("/RollbackModel")] == [
         ("token:reader", "PERMISSION_DENIED"), ("token:admin", "FAILED_PRECONDITION"),
     ]  # fmt: skip
+
+
+def test_the_pytorch_lines_of_the_documentation_make_a_version_that_can_be_pushed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    lines = page.partition("**PyTorch.**")[2].partition("```python\n")[2].partition("```")[0]
+
+    class Net(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, features):  # type: ignore[no-untyped-def]
+            return torch.sigmoid(torch.nan_to_num(features).mean(dim=1) * 1e-6)
+
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {"model": Net(), "auc": 0.7})
+    with running_app(tmp_path, **settings(tmp_path)) as client:
+        some_streams(client, 20)
+        command = ["model", "push", "build/models/trendiness/2", "--why", "as in the book"]
+        assert main([*command, "--server", f"127.0.0.1:{client.app.port}"]) == 0, capsys.readouterr().err
+    assert "candidate: trendiness/2, pushed" in capsys.readouterr().out
