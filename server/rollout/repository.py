@@ -73,7 +73,7 @@ class Repository:
             raise ModelRefused(f"files: one of {GRAPH} and {PLAN} wanted")
         if not (self.folder / "config.pbtxt").is_file():
             raise ModelRefused(f"{self.folder} holds no config.pbtxt: scoring.model_repository must be Triton's")
-        staged = self.folder / f"{STAGED}{version}-{os.urandom(4).hex()}"
+        staged = self._hidden(str(version))
         try:
             staged.mkdir()
             for name, content in files.items():
@@ -120,16 +120,22 @@ class Repository:
     def remove(self, folder: Path) -> None:
         """Takes a version, or what was staged, out again: first out of sight, then off the disk."""
         if folder.is_dir() and not folder.name.startswith(STAGED):
-            hidden = self.folder / f"{STAGED}{folder.name}-{os.urandom(4).hex()}"
+            hidden = self._hidden(folder.name)
             os.rename(folder, hidden)
             folder = hidden
         shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Removes what a push that was killed left behind. Only while no push runs."""
+        """Removes what pushes of servers that are gone left behind. Before this process has begun one."""
         for left in self.folder.glob(f"{STAGED}*"):
+            owner = left.name.removeprefix(STAGED).split("-")[1:2]
+            if owner and owner[0] != str(os.getpid()) and Path("/proc", owner[0]).exists():
+                continue  # of another server in the same repository
             log.warning("%s is left over from a push that did not end; removed", left)
             shutil.rmtree(left, ignore_errors=True)
+
+    def _hidden(self, version: str) -> Path:
+        return self.folder / f"{STAGED}{version}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.1
 MEND_EVERY_S = 1.0
+PUSH_WAIT_S = 5.0
+"""For whoever loads or unloads versions just now."""
 OURSELVES = "server"
 
 
@@ -83,7 +85,7 @@ class Shipping:
         self._ledger, self._clock, self._metrics = ledger, clock, metrics
         self._rollouts = {model: Rollout() for model in paths} | file.load()
         self._lock = threading.RLock()  # of the state; held for moments only
-        self._pushing = threading.Lock()  # one push at a time; never held together with waiting for the other
+        self._pushing = threading.Lock()  # of what is loaded; taken before the other, held as long as loading takes
         self._resumed: set[str] = set()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rollout", daemon=True)
@@ -151,7 +153,7 @@ class Shipping:
         """
         path = self._path(model)
         with self._ledger.step(model, version, "push", who, why):
-            if not self._pushing.acquire(blocking=False):
+            if not self._pushing.acquire(timeout=PUSH_WAIT_S):
                 raise Refused("another push is on its way")
             try:
                 return self._push(path, version, files)
@@ -255,7 +257,7 @@ class Shipping:
             if before.previous and before.previous not in now.held:
                 path.forget(before.previous)
             self._disclose(model, path)
-        path.versions.keep(now.held)
+        self._let_go(path)
         return now
 
     def rollback(self, model: str, who: str, why: str, guardrail: str = "") -> Rollout:
@@ -280,8 +282,17 @@ class Shipping:
                 self._save(model, now)
             except Refused as error:
                 raise Refused(f"rolled back, but a restart will not know of it: {error}") from error
-        threading.Thread(target=path.versions.keep, args=(now.held,), name="rollout-unload", daemon=True).start()
+        self._let_go(path)
         return now
+
+    def _let_go(self, path: ServingPath) -> None:
+        """Unloads what nobody needs at once, in a thread: whoever rolls back waits neither for that nor for a push."""
+
+        def tidy() -> None:
+            with self._pushing:
+                path.versions.keep(self._rollouts[path.model].held)
+
+        threading.Thread(target=tidy, name="rollout-unload", daemon=True).start()
 
     # --- watching -----------------------------------------------------------------------------
 
@@ -331,12 +342,13 @@ class Shipping:
 
     def _resume(self, model: str, path: ServingPath) -> None:
         """After a start: the candidate goes on where it stood, as soon as it can be asked."""
-        rollout = self._rollouts[model]
         try:
-            if rollout.held:
-                path.versions.hold(rollout.held)
-            if rollout.candidate:
-                path.warm(rollout.candidate)
+            with self._pushing:
+                rollout = self._rollouts[model]
+                if rollout.held:
+                    path.versions.hold(rollout.held)
+                if rollout.candidate:
+                    path.warm(rollout.candidate)
         except ScorerUnavailable as error:
             logger.warning("%s: %s", model, error)
             self._stopping.wait(MEND_EVERY_S)
