@@ -468,7 +468,6 @@ class Engine:
         self._settle()
         self.candidate.begin("")
         self._turn = turn
-        self.streams.forget_trend()
         self._take_scores(replace(result, turn=turn))
 
     def try_candidate(self, version: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from server.rollout.guard import Trial, Viewers
-from server.scoring.versions import Versions
+if TYPE_CHECKING:  # the process that tries a file wants the contract and none of this
+    from server.rollout.guard import Trial, Viewers
+    from server.scoring.versions import Versions
 
 Rows = Mapping[str, NDArray[Any]]
 """Inputs by name, n rows each."""

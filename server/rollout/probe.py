@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
 def _tried(model: Path, wanted: Contract, rows: dict[str, NDArray[Any]]) -> tuple[dict[str, Any], NDArray[np.float32]]:
     import onnxruntime
 
-    from server.scoring.local import ORT_ERRORS
+    from server.scoring.ort_errors import ORT_ERRORS
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

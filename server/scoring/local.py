@@ -12,24 +12,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from server.errors import BadScores, SchemaMismatch, ScorerTimeout, ScorerUnavailable, ScoringError
 from server.scoring.base import Scores
 from server.scoring.model_config import INPUT, OUTPUT, SCHEMA_PARAMETER, check_config, parse_config
+from server.scoring.ort_errors import ORT_ERRORS
 from server.scoring.shapes import checked_features, checked_scores
 
 log = logging.getLogger(__name__)
-
-# onnxruntime's exceptions share no base class but Exception; ValueError is its answer to unknown names.
-ORT_ERRORS: tuple[type[Exception], ...] = (
-    *(getattr(ort_state, name) for name in (
-        "EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelLoaded",
-        "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException",
-    )),
-    RuntimeError,
-    ValueError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from liverank.v1 import admin_pb2 as pb
 from liverank.v1 import ranking_pb2
 
 from loadtest.faults.nets import all_nan, on_lattice, one_row_short, small_net, two_columns_out
-from server.errors import ConfigError
+from server.errors import ConfigError, ScorerUnavailable
 from tests.app import FEATURES, Client, running_app, status_of
 from tests.events import event
 from tests.rollout import (
@@ -344,3 +344,20 @@ def test_a_caller_who_goes_away_in_a_push_leaves_nothing_half_done(client: Clien
     client.tick()
     assert set(served(client, 20).values()) == {"trendiness/1"}
     assert push(client).rollout.candidate == 2
+
+
+def test_a_promotion_that_fails_leaves_the_rollout_and_its_file_as_they_were(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(client)
+    before = (tmp_path / "events.rollout.json").read_text()
+
+    def gone(version: int) -> None:
+        raise ScorerUnavailable("Triton is gone")
+
+    monkeypatch.setattr(client.app.shipping._paths[MODEL], "promote", gone)
+    with pytest.raises(grpc.RpcError, match="was not promoted: Triton is gone"):
+        client.admin.PromoteModel(pb.PromoteModelRequest(version=2, force=True, why=WHY), timeout=10.0)
+    assert (tmp_path / "events.rollout.json").read_text() == before
+    assert listed(client).rollout.serving == 1 and listed(client).rollout.candidate == 2
+    assert set(served(client, 20).values()) == {"trendiness/1"}
