@@ -42,8 +42,10 @@ def rollout(context: Context) -> Iterator[Finding]:
     from server.rollout.store import RolloutFile
 
     settings = context.settings
+    decided = None
     try:
-        decided = RolloutFile(settings.rollout_file).load().get(settings.scoring.model_name)
+        if settings.rollout_file.exists():  # a folder that cannot be used is another check's finding
+            decided = RolloutFile(settings.rollout_file).load().get(settings.scoring.model_name)
     except ConfigError as error:
         yield fail("files.rollout", str(error), "Restore the file from a backup, or move it away and push again.")
         return
