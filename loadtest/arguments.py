@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-BENCHES = ("freshness", "ingest", "scale", "slo", "soak")
+BENCHES = ("freshness", "ingest", "scale", "slo", "soak", "swap")
 """Benches that `add_bench` and `run_bench` know."""
 
 
@@ -35,8 +35,9 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--p99-ms", type=float, default=20.0, help="slo: the promise to hold")
     bench.add_argument("--budget-seconds", type=float, default=160.0, help="slo: for all trials together")
     bench.add_argument("--minutes", type=float, default=10.0, help="soak: its length")
-    bench.add_argument("--rate", type=float, help="soak: Rank calls per second; else 70 %% of what is found")
+    bench.add_argument("--rate", type=float, help="soak, swap: Rank calls per second; soak: 70 %% of what is found")
     bench.add_argument("--batch", type=int, default=1_000, help="ingest: events per message or pipeline")
+    bench.add_argument("--triton", action="store_true", help="swap: the model on a real Triton, else in process")
     bench.add_argument("--full", action="store_true", help="scale: up to a million streams")
 
 
@@ -66,6 +67,17 @@ def run_bench(options: argparse.Namespace) -> int:
 
         minutes = 0.05 if quick else options.minutes
         return run_soak(minutes, options.rate, streams, find_s=0.5 if quick else 5.0)
+    if options.name == "swap":
+        from dataclasses import replace
+
+        from loadtest.bench.swap import QUICK as QUICK_SWAP
+        from loadtest.bench.swap import Plan as SwapPlan
+        from loadtest.bench.swap import run_swap
+
+        base = QUICK_SWAP if quick else SwapPlan()
+        swap = replace(base, in_triton=options.triton, streams=sizes[0] if sizes else base.streams)
+        swap = replace(swap, rate_rps=options.rate or swap.rate_rps, seconds=options.seconds or swap.seconds)
+        return run_swap(swap)
     from loadtest.bench.scale import FULL_SIZES, SIZES, run_scale
 
     if quick:

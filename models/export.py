@@ -1,4 +1,4 @@
-"""Writes a model where the scorers look for it: model.onnx, config.pbtxt, metrics.json.
+"""Writes a model where the scorers look for it: model.onnx, config.pbtxt, metrics.json, and its weights beside them.
 
 The graph is built node by node from the weights: it is small, and torch's own exporters need packages that
 are not declared here, or write operator sets that servers do not know yet.
@@ -20,8 +20,11 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from loadtest.revision import commit
 from models.trendiness import CLAMP, LIMIT, Trendiness, predict
-from server.scoring.model_config import INPUT, OUTPUT, SCHEMA_PARAMETER, render_config
+from models.weights import NAME as WEIGHTS
+from models.weights import Weights, save_weights
+from server.scoring.model_config import COMMIT_PARAMETER, INPUT, OUTPUT, SCHEMA_PARAMETER, render_config
 
 OPSET = 17
 IR_VERSION = 8
@@ -34,8 +37,11 @@ class ExportMismatch(Exception):
     """The written graph does not compute what the model computes; nothing was published."""
 
 
-def build_graph(model: Trendiness, schema: str) -> onnx.ModelProto:
-    """The model as ONNX: input ``features`` float32[n, F], output ``trend`` float32[n]; carries its schema."""
+def build_graph(model: Trendiness, schema: str, told: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """The model as ONNX: input ``features`` float32[n, F], output ``trend`` float32[n]; carries its schema.
+
+    ``told``: what else its metadata says.
+    """
     n_features = len(model.mean)
     constants = {
         "zero": 0.0, "one": 1.0, "limit": LIMIT, "minus_limit": -LIMIT, "clamp": CLAMP, "minus_clamp": -CLAMP,
@@ -76,7 +82,7 @@ def build_graph(model: Trendiness, schema: str) -> onnx.ModelProto:
     made = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="liverank"
     )
-    helper.set_model_props(made, {SCHEMA_PARAMETER: schema})
+    helper.set_model_props(made, {SCHEMA_PARAMETER: schema, **(told or {})})
     onnx.checker.check_model(made, full_check=True)
     return made
 
@@ -111,28 +117,46 @@ def publish(
 ) -> Path:
     """Checks the exported model on ``sample`` float32[n, F] and puts it in place as a whole; returns its folder.
 
-    Written to a hidden sibling and renamed, so that no scorer sees half a version. ``facts`` go into
-    metrics.json, ``config_metrics`` into config.pbtxt.
+    Written to a hidden sibling and renamed, so that no scorer sees half a version. ``facts`` go into metrics.json;
+    ``config_metrics`` too, as its headline, and with schema and commit into config.pbtxt and the graph itself. Checked
+    also on rows of every size, with NaN and infinities.
 
     Raises:
         ExportMismatch: see check_parity; the repository is as before.
     """
-    graph = build_graph(model, schema).SerializeToString(deterministic=True)
-    check_parity(graph, model, sample)
+    revision, config_metrics = commit(), dict(sorted(config_metrics.items()))
+    told = {f"metric.{name}": f"{value:.6g}" for name, value in config_metrics.items() if math.isfinite(value)}
+    graph = build_graph(model, schema, {COMMIT_PARAMETER: revision, **told}).SerializeToString(deterministic=True)
+    checked = np.concatenate([sample, odd_rows(len(model.mean))])
+    difference = check_parity(graph, model, checked)
     folder = repository / MODEL_NAME
     hidden, final = folder / f".new-{version}", folder / str(version)
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     (hidden / "model.onnx").write_bytes(graph)
-    text = json.dumps(without_nan(facts), indent=2, sort_keys=True, allow_nan=False)
+    save_weights(hidden / WEIGHTS, Weights(model, MODEL_NAME, schema, sample, without_nan(facts), config_metrics))
+    written = {
+        **facts, "feature_schema": schema, "commit": revision, "headline": config_metrics,
+        "onnx_difference": difference, "onnx_checked_rows": len(checked),
+    }  # fmt: skip
+    text = json.dumps(without_nan(written), indent=2, sort_keys=True, allow_nan=False)
     (hidden / "metrics.json").write_text(text + "\n")
     config = folder / ".new-config.pbtxt"
-    config.write_text(render_config(schema, len(model.mean), config_metrics, MODEL_NAME))
+    config.write_text(render_config(schema, len(model.mean), config_metrics, MODEL_NAME, revision))
     os.replace(config, folder / "config.pbtxt")
     if final.exists():  # a folder cannot be renamed over another
         shutil.rmtree(final)
     os.replace(hidden, final)
     return final
+
+
+def odd_rows(n_features: int, rows: int = 64) -> NDArray[np.float32]:
+    """float32[rows, n_features] that no training saw: every size and sign, NaN and infinities among them. Seeded."""
+    rng = np.random.default_rng(0)
+    found = rng.standard_normal((rows, n_features)) * 10.0 ** rng.uniform(-8, 12, (rows, n_features))
+    for value in (np.nan, np.inf, -np.inf, 0.0):
+        found[rng.random(found.shape) < 0.03] = value
+    return found.astype(np.float32)
 
 
 def without_nan(facts: Any) -> Any:

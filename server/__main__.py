@@ -1,4 +1,5 @@
-"""`liverank`: serve · doctor · token · log · table export · demo · replay · rank · explain · load · report · bench."""
+"""`liverank`: serve · doctor · token · log · table export · model · demo · replay · rank · explain · load · report ·
+bench."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 from loadtest import arguments as loadtest_arguments  # argparse only
+from server.client_options import add_server_options
 from server.config import load_settings
 from server.errors import ConfigError, LiverankError
+from server.model_commands import add_model, run_model
 
 BENCHES = ("faults", "first", "gpu", "kernels", "liveness", "overload", "recovery", "serve")
 
@@ -76,13 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("explain", "ask why a stream is (not) shown"),
     ):
         client = commands.add_parser(name, help=help_text)
-        client.add_argument("--server", default="127.0.0.1:7710")
-        client.add_argument("--tls", action="store_true", default=None, help="for these, see LIVERANK_CLIENT__TLS …")
-        client.add_argument("--ca-file", type=Path, help="PEM; who may have signed the server's certificate")
-        client.add_argument("--cert-file", type=Path, help="PEM; the client's certificate")
-        client.add_argument("--key-file", type=Path, help="PEM; its key")
-        client.add_argument("--token-file", type=Path, help="its first line is the token")
-        client.add_argument("--server-name", help="name in the server's certificate, if not that of the address")
+        add_server_options(client)
         client.add_argument("--viewer", default="")
         client.add_argument("--limit", type=int, default=0)
         client.add_argument("--surface", default="")
@@ -98,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("out", type=Path, metavar="OUT.parquet")
     export.add_argument("--config", type=Path, help="settings file (TOML)")
 
+    add_model(commands, sys.argv[1:] if arguments is None else arguments)
     loadtest_arguments.add_load(commands)
 
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
@@ -145,6 +143,8 @@ def _run(options: argparse.Namespace) -> int:
         from server.export import run_export
 
         return run_export(options.out, options.config)
+    if options.command == "model":
+        return run_model(options)
     if options.command == "log":
         from server.log.repair import run
 

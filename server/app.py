@@ -31,6 +31,10 @@ from server.ranking.ranker import RankerStage
 from server.recorder import Recorder
 from server.recovery import recover
 from server.retrieval.registry import make_search
+from server.rollout.ledger import Ledger
+from server.rollout.repository import Repository
+from server.rollout.shipping import Shipping
+from server.rollout.store import RolloutFile
 from server.rpc.admin import AdminService
 from server.rpc.auth import Gatekeeper
 from server.rpc.control import Control
@@ -44,12 +48,15 @@ from server.rpc.services import OTHER_THREADS, SERVICES
 from server.rpc.slots import StreamSlots
 from server.rpc.tls import bind
 from server.rules.rulebook import RuleBook
-from server.scoring.base import Scorer
+from server.scoring.base import VersionedScorer
 from server.scoring.ranker import Ranker, RankerCaller
 from server.scoring.refresh import Refresher
+from server.scoring.shared import SharedScorer
+from server.scoring.versions import LocalVersions, TritonVersions, Versions
 from server.security.gate import Gate
 from server.snapshots import Snapshots
 from server.telemetry.metrics import Metrics
+from server.trend_path import TrendPath
 from server.viewers.embeddings import open_embeddings
 from server.warmup import warm_ranker, warm_up
 from server.world import build_world
@@ -61,11 +68,19 @@ logger = logging.getLogger(__name__)
 
 
 def open_scorer(
-    settings: Settings, features: FeatureSet, on_gpu: bool = False, on_fallback: Callable[[], None] = lambda: None
-) -> Scorer:
+    settings: Settings,
+    features: FeatureSet,
+    on_gpu: bool = False,
+    on_fallback: Callable[[], None] = lambda: None,
+    version: int = 0,
+    versions: Versions | None = None,
+    on_trial: bool = False,
+) -> VersionedScorer:
     """The configured model; imported here so that one way to it does not load the other's library.
 
-    ``on_fallback`` is told when shared memory is refused and tensors take the plain way.
+    Args:
+        on_fallback: told when shared memory is refused and tensors take the plain way.
+        version: 0: the newest. versions: what a reload has to bring back. on_trial: never reloaded.
     """
     scoring = settings.scoring
     if scoring.mode == "triton":
@@ -73,10 +88,22 @@ def open_scorer(
         from server.scoring.triton import TritonScorer
 
         tensors = open_transport(scoring.transport, scoring.triton_address, on_gpu, on_fallback)
-        return TritonScorer(scoring.triton_address, scoring.model_name, features.schema, len(features), tensors)
+        held = versions if isinstance(versions, TritonVersions) else None
+        return TritonScorer(
+            scoring.triton_address, scoring.model_name, features.schema, len(features), tensors, version, held,
+            heals=not on_trial,
+        )  # fmt: skip
     from server.scoring.local import LocalScorer
 
-    return LocalScorer(scoring.model_repository, scoring.model_name, features.schema, len(features))
+    return LocalScorer(scoring.model_repository, scoring.model_name, features.schema, len(features), version)
+
+
+def open_versions(settings: Settings) -> Versions:
+    """Who makes versions of the model ready to answer."""
+    scoring = settings.scoring
+    if scoring.mode == "triton":
+        return TritonVersions(scoring.triton_address, scoring.model_name, scoring.model_repository)
+    return LocalVersions(scoring.model_repository, scoring.model_name)
 
 
 def open_row_log(settings: Settings, table: LiveTable, features: FeatureSet, metrics: Metrics) -> RowLog | None:
@@ -167,10 +194,18 @@ class App:
         self.snapshots = Snapshots(
             self.engine, self._folder, settings, self._log.history.name, self._log.trimmer, self.metrics
         )
-        self._scorer = open_scorer(settings, features, backend.on_gpu, self.metrics.model_transport_fallbacks.inc)
-        self.recorder.watch_transport(lambda: self._scorer.transport)
+        model, versions = settings.scoring.model_name, open_versions(settings)
+        rollout_file = RolloutFile(settings.rollout_file)
+        decided = rollout_file.load().get(model)
+        serving = decided.serving if decided else 0
+
+        def open_version(version: int, on_trial: bool = True) -> SharedScorer:
+            told = self.metrics.model_transport_fallbacks.inc
+            return SharedScorer(open_scorer(settings, features, backend.on_gpu, told, version, versions, on_trial))
+
+        scorer = open_version(serving, on_trial=False)
         self._refresher = Refresher(
-            self._scorer,
+            scorer,
             settings.scoring,
             features.names,
             clock,
@@ -182,6 +217,14 @@ class App:
         if self._ranker is not None:
             most = settings.ranker.candidates
             world.pipeline.ranker = RankerStage(self._ranker, world.table, world.streams, most)
+        self._trend = TrendPath(self.engine, self._refresher, model, scorer, serving, open_version, versions)
+        self.recorder.watch_transport(lambda: self._trend.transport)
+        self.shipping = Shipping(
+            settings.rollout, rollout_file, {model: self._trend},
+            {model: Repository(settings.scoring.model_repository / model)},
+            Ledger(settings.rollout_file.with_suffix(".jsonl"), settings.security.audit_max_bytes, self.metrics),
+            clock, self.metrics,
+        )  # fmt: skip
         self._slots = StreamSlots(settings.serve.max_open_streams)
         # Streaming calls hold a thread each; other unary calls have threads of their own beside them, those of
         # Ranking need none: however many there are, health and liveness are answered.
@@ -216,7 +259,7 @@ class App:
         liveness_pb2_grpc.add_LivenessServicer_to_server(
             LivenessService(engine, control, recorder, self._slots), self._grpc
         )
-        admin = AdminService(engine, control, recorder)
+        admin = AdminService(engine, control, recorder, self.shipping)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
@@ -251,6 +294,7 @@ class App:
         recovered = recover(self.engine, self._log.history, self._folder, self.metrics, self._stopping)
         self._log.start(recovered.offset, recovered.stamp_ms)
         self.engine.start(self._commit, self._refresher)
+        self.shipping.start()
         warm_up(self.engine, self._backend)
         if self._ranker is not None:
             warm_ranker(self._ranker, self.settings, len(self.engine.features))
@@ -297,13 +341,14 @@ class App:
         clean = stopped.wait(self.settings.serve.drain_grace_ms / 1000 + 1.0)
         if self._intake is not None:
             self._intake.stop()
+        self.shipping.stop()
         self.snapshots.stop()
         self._commit.stop()
         self.engine.stop()
         if self._row_log is not None:
             self._row_log.close()
         clean &= self._refresher.close()
-        self._scorer.close()
+        self._trend.close()
         if self._ranker is not None:
             self._ranker.close()
         if self._embeddings is not None:

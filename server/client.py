@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.channel import client_settings, open_channel
+from server.client_options import SECURITY
 
 
 def run_client(options: argparse.Namespace) -> int:
@@ -28,8 +29,7 @@ def run_client(options: argparse.Namespace) -> int:
         categories=options.categories,
         region=options.region,
     )
-    names = ("tls", "ca_file", "cert_file", "key_file", "token_file", "server_name")
-    security = client_settings(**{name: getattr(options, name) for name in names})
+    security = client_settings(**{name: getattr(options, name) for name in SECURITY})
     with open_channel(options.server, security) as channel:
         stub = pb_grpc.RankingStub(channel)
         try:

@@ -176,6 +176,21 @@ class RankerSettings(_Section):
     breaker_open_ms: Milliseconds = Field(1_000, description="then one trial call per this time")
 
 
+class RolloutSettings(_Section):
+    """See docs/models.md. The limits end a canary by themselves."""
+
+    file: Path | None = Field(None, description="which version serves; default: beside log.path, .rollout.json")
+    min_metrics: dict[str, float] = Field({"auc": 0.6}, description="a version below any of these is not taken")
+    max_metrics: dict[str, float] = Field({}, description="nor one above any of these")
+    max_drift: float = Field(0.10, gt=0.0, description="relative distance of the mean scores")
+    max_failures: int = Field(3, ge=1, description="refreshes in a row that the candidate failed")
+    max_latency_ratio: float = Field(3.0, ge=1.0, description="of the time of a refresh to the serving version's")
+    latency_floor_ms: Milliseconds = Field(100, description="a refresh this fast is never too slow")
+    min_refreshes: int = Field(3, ge=1, description="before drift and latency count")
+    min_impressions: int = Field(200, ge=1, description="of each side, before the share of dead ones counts")
+    max_dead_increase: float = Field(0.005, gt=0.0, le=1.0, description="of the share of dead impressions")
+
+
 class ApproximateSettings(_Section):
     index: Literal["none", "cagra"] = Field("none", description="an approximate index beside the exact engine")
     recall: float = Field(0.95, gt=0.0, lt=1.0, description="recall@k that must be proven for it to answer")
@@ -272,6 +287,7 @@ class Settings(BaseSettings):
     scoring: ScoringSettings = ScoringSettings()
     ranker: RankerSettings = RankerSettings()
     viewers: ViewerSettings = ViewerSettings()
+    rollout: RolloutSettings = RolloutSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     rank: RankSettings = RankSettings()
     device: DeviceSettings = DeviceSettings()
@@ -302,6 +318,11 @@ class Settings(BaseSettings):
     def snapshot_folder(self) -> Path:
         """Where snapshots are."""
         return self.snapshot.path or self.log.path.with_suffix(".snapshots")
+
+    @property
+    def rollout_file(self) -> Path:
+        """Which version of each model serves."""
+        return self.rollout.file or self.log.path.with_suffix(".rollout.json")
 
     @classmethod
     def settings_customise_sources(

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -36,6 +36,7 @@ from server.live.impressions import EndTimes
 from server.live.table import Applied, End, LiveTable
 from server.log.base import Record
 from server.log.commit import CommitPath, Committed, Submission
+from server.ranking.candidate import Candidate
 from server.ranking.pipeline import Pipeline, Started
 from server.ranking.slates import RankedBy, ReplyState, SlateBatch
 from server.recorder import Recorder
@@ -62,11 +63,20 @@ class PublishResult:
 
 @dataclass(frozen=True)
 class _OnItsWay:
-    """A batch between start and finish, and who waits for it."""
+    """A batch between start and finish, and who waits for it.
+
+    started: the viewers ranked by the model in use, None for nobody. by_candidate: bool[B], the other ones.
+    """
 
     items: list[Waiting[RankQuery]]
-    started: Started
+    started: Started | None
     began_s: float
+    quality: float
+    by_candidate: NDArray[np.bool_] | None
+
+    def wait_s(self) -> float:
+        """Seconds for which finishing it would wait for something that comes meanwhile."""
+        return 0.0 if self.started is None else self.started.wait_s()
 
 
 class _TableFault(Exception):
@@ -115,8 +125,11 @@ class Engine:
             np.zeros(0, np.int32), np.zeros(0, np.uint32), None, None, Level.FORMULA,
             ("no scores yet",), "", clock.now_ms(), 0,
         )  # fmt: skip
+        self.candidate = Candidate(streams, pipeline)
+        self._turn = 0  # which of the refresher's scorers is listened to
         self.first_scores = threading.Event()
         self.on_served: Callable[[SlateBatch, ReplyState], None] | None = None
+        self._served: list[tuple[SlateBatch, ReplyState]] = []  # to be told once they are handed out
         """Told of each batch after it was answered, before anything else is applied. Set before `start`."""
         self._commit: CommitPath | None = None
         self._refresher: Refresher | None = None
@@ -312,7 +325,7 @@ class Engine:
                 self._next_tick_s = time.monotonic() + self.settings.rank.tick_ms / 1000
             for function, done in calls:
                 _resolve(done, function)
-            if self._on_its_way is not None and self._on_its_way.started.wait_s() > 0 and not self._stopping:
+            if self._on_its_way is not None and self._on_its_way.wait_s() > 0 and not self._stopping:
                 continue  # a model works on it: events and ticks meanwhile, rather than waiting in `finish`
             with self._wake:  # last, so that it sees the offsets applied above
                 turn = self._queue.take(self.applied_offset, self._budget_s(), closing=self._stopping)
@@ -325,7 +338,7 @@ class Engine:
             return 0.0
         to_tick_s = self._next_tick_s - time.monotonic()
         if self._on_its_way is not None:  # the next turn is taken when this batch can be finished
-            return min(to_tick_s, self._on_its_way.started.wait_s())
+            return min(to_tick_s, self._on_its_way.wait_s())
         to_turn_s = self._queue.due_in_s()
         return to_tick_s if to_turn_s is None else min(to_tick_s, to_turn_s)
 
@@ -364,7 +377,9 @@ class Engine:
             self._publish_ends(applied.ends)
             self._recorder.applied(events, applied)
             if seen := [row for row in events.impressions if applied.codes[row] == fence.APPLIED]:
-                self._recorder.impressions(self._end_times.causes(events, seen))
+                causes = self._end_times.causes(events, seen)
+                self._recorder.impressions(causes)
+                self.candidate.saw(events.viewer_hash[seen], causes)
             if committed.submission is not None:
                 outcomes.append((committed.submission, PublishResult(record.offset, applied.codes)))
         self._commit.applied(1)
@@ -460,6 +475,12 @@ class Engine:
 
     def _take_scores(self, result: RefreshResult) -> None:
         """Writes new scores to the rows that still hold the session that was scored."""
+        if result.turn != self._turn:
+            return  # of a model that was replaced meanwhile
+        if result.model_version != self.scores.model_version:
+            self._settle()
+            if result.scores is not None:
+                self.streams.forget_trend()  # a row that got no new score must not keep the other version's
         self.scores = result
         self.first_scores.set()
         self._recorder.scored(result)
@@ -470,6 +491,31 @@ class Engine:
         self.streams.set_trend(slots[same], result.scores[same])
         self.pipeline.snapshot.trend_order = result.order
         self.pipeline.snapshot.views.clear()
+
+    def replace_scores(self, result: RefreshResult, turn: int) -> None:
+        """Ranks everybody by these scores from the next batch on, in one step; engine thread.
+
+        Args:
+            turn: of the scorer that made them (`Refresher.use`); results of others that are on their way are dropped.
+        """
+        self._settle()
+        self.candidate.begin("")
+        self._turn = turn
+        self._take_scores(replace(result, turn=turn))
+
+    def try_candidate(self, version: str) -> None:
+        """Begins with a version on trial, "" ends it; engine thread."""
+        self._settle()
+        self.candidate.begin(version)
+
+    @contextmanager
+    def ranked_for(self, query: RankQuery) -> Iterator[None]:
+        """Inside, the host's pipeline ranks by the version that this viewer is ranked by; engine thread."""
+        if self.candidate.split([query]) is None:
+            yield
+        else:
+            with self.candidate.ranking():
+                yield
 
     # --- ranking ------------------------------------------------------------------------------
 
@@ -488,44 +534,97 @@ class Engine:
         if before is not None:
             self._finish(before)
         if self._on_its_way is not None and not (
-            (self.pipeline.overlaps and self._queue.rows) or (self._on_its_way.started.wait_s() and not self._stopping)
+            (self.pipeline.overlaps and self._queue.rows) or (self._on_its_way.wait_s() and not self._stopping)
         ):
             last, self._on_its_way = self._on_its_way, None
             self._finish(last)
         if turn.late:
             with self._guarded(turn.late):
-                batch = self._batch_of(turn.late)
-                self._reply(turn.late, self.pipeline.popular(batch), self.reply_state(popular=True), time.monotonic())
+                batch, began_s = self._batch_of(_queries_of(turn.late)), time.monotonic()
+                replies = self._encoded(self.pipeline.popular(batch), self.reply_state(popular=True), began_s)
+                self._hand_out(turn.late, replies, began_s)
 
     def _start(self, items: list[Waiting[RankQuery]]) -> _OnItsWay | None:
         if not items:
             return None
         with self._guarded(items):
-            batch, began_s = self._batch_of(items), time.monotonic()
-            return _OnItsWay(items, self.pipeline.start(batch, self.admission.quality), began_s)
+            queries, quality = _queries_of(items), self.admission.quality
+            split = self.candidate.split(queries)
+            usual = queries if split is None else [q for q, theirs in zip(queries, split, strict=True) if not theirs]
+            began_s = time.monotonic()
+            started = self.pipeline.start(self._batch_of(usual), quality) if usual else None
+            return _OnItsWay(items, started, began_s, quality, split)
         return None
 
+    def _settle(self) -> None:
+        """Answers what was started: with other scores than it began with, it would tell the wrong version."""
+        before, self._on_its_way = self._on_its_way, None
+        if before is not None:
+            self._finish(before)
+
     def _finish(self, on_its_way: _OnItsWay) -> None:
-        items, started, began_s = on_its_way.items, on_its_way.started, on_its_way.began_s
+        items, began_s = on_its_way.items, on_its_way.began_s
         with self._guarded(items):
-            slates = self.pipeline.finish(started)
-            self._reply(items, slates, self.reply_state(quality=started.quality, by=slates.ranked_by), began_s)
+            replies: list[bytes] = []
+            if on_its_way.started is not None:
+                slates = self.pipeline.finish(on_its_way.started)
+                state = self.reply_state(quality=on_its_way.quality, by=slates.ranked_by)
+                replies = self._encoded(slates, state, began_s)
+            if on_its_way.by_candidate is not None:
+                replies = self._with_candidate(on_its_way, on_its_way.by_candidate, replies)
+            self._hand_out(items, replies, began_s)
             self.admission.answered(items, began_s)
         # Half-life of about 5 batches: follows load, ignores one slow batch.
         self._batch_s += 0.13 * (min(time.monotonic() - began_s, 0.1) - self._batch_s)
 
-    def _batch_of(self, items: list[Waiting[RankQuery]]) -> QueryBatch:
-        queries = [query for item in items for query in item.rows]
+    def _with_candidate(
+        self, on_its_way: _OnItsWay, by_candidate: NDArray[np.bool_], usual: list[bytes]
+    ) -> list[bytes]:
+        """All replies in order: ``usual``, and between them those of the viewers ranked by the candidate.
+
+        A fault in its ranking costs nobody a reply: the version in use answers, and the fault is held against it.
+        """
+        queries = _queries_of(on_its_way.items)
+        batch = self._batch_of([q for q, mine in zip(queries, by_candidate, strict=True) if mine])
+        began_s = on_its_way.began_s
+        try:
+            with self.candidate.ranking():
+                slates = Pipeline.rank(self.pipeline, batch, on_its_way.quality)
+            usual_state = self.reply_state(quality=on_its_way.quality, by=slates.ranked_by)
+            state = self.candidate.reply_state(usual_state, self.clock.now_ms())
+        except Exception:
+            logger.exception("unexpected fault while ranking by %s", self.candidate.version)
+            self._recorder.fault("candidate")
+            self.candidate.faults += 1
+            slates = self.pipeline.rank(batch, on_its_way.quality)
+            state = self.reply_state(quality=on_its_way.quality, by=slates.ranked_by)
+        else:
+            self.candidate.served += len(batch)
+            self._recorder.ranked_by_candidate(len(batch))
+            if self.pipeline.overlaps:
+                self._recorder.ranked_on_host("canary", len(batch))
+        ours, theirs = iter(usual), iter(self._encoded(slates, state, began_s))
+        return [next(theirs if mine else ours) for mine in by_candidate]
+
+    def _batch_of(self, queries: list[RankQuery]) -> QueryBatch:
         return build_batch(queries, self.table, self.streams.book, self.clock.now_ms())
 
-    def _reply(self, items: list[Waiting[RankQuery]], slates: SlateBatch, state: ReplyState, began_s: float) -> None:
+    def _encoded(self, slates: SlateBatch, state: ReplyState, began_s: float) -> list[bytes]:
+        """The replies, counted."""
         replies = self._encode(slates, state, self.table, began_s)
         shown = slates.slots[slates.slots >= 0]
         np.add.at(self.streams.exposures, shown, 1)
         self._recorder.ranked(slates, state.level.name.lower(), began_s)
+        if self.on_served is not None:
+            self._served.append((slates, state))
+        return replies
+
+    def _hand_out(self, items: list[Waiting[RankQuery]], replies: list[bytes], began_s: float) -> None:
         self._recorder.waited(items, began_s)
         hand_out(items, replies)
-        if self.on_served is not None:
+        served, self._served = self._served, []
+        for slates, state in served:  # after the callers were answered: it reads features
+            assert self.on_served is not None
             self.on_served(slates, state)
 
     @contextmanager
@@ -557,6 +656,10 @@ class Engine:
 
 
 def _nothing() -> None: ...
+
+
+def _queries_of(items: list[Waiting[RankQuery]]) -> list[RankQuery]:
+    return [query for item in items for query in item.rows]
 
 
 def _waiting_for(groups: Iterable[list[Committed]]) -> list[Answer]:

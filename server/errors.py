@@ -7,7 +7,8 @@ LiverankError
 ├── Forbidden              valid credentials without this right       → PERMISSION_DENIED
 ├── NotFound               a stream nobody has heard of                → NOT_FOUND
 ├── Refused                well-formed, but unsafe to carry out now    → FAILED_PRECONDITION
-│   └── OffsetNotReached   min_offset was not applied in time          → FAILED_PRECONDITION
+│   ├── OffsetNotReached   min_offset was not applied in time          → FAILED_PRECONDITION
+│   └── ModelRefused       a version of a model is not fit to serve    → FAILED_PRECONDITION
 ├── Overloaded             a bounded queue or pool is full             → RESOURCE_EXHAUSTED
 │   └── RateLimited        a client asks more often than it may        → RESOURCE_EXHAUSTED
 ├── ResumeGone             a resume point is no longer remembered      → OUT_OF_RANGE
@@ -68,6 +69,10 @@ class Refused(LiverankError):
 
 class OffsetNotReached(Refused):
     """The table did not reach the requested log offset before the deadline."""
+
+
+class ModelRefused(Refused):
+    """A version of a model is not fit to serve; the running one goes on."""
 
 
 class Overloaded(LiverankError):

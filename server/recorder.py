@@ -151,6 +151,10 @@ class Recorder:
                 child.inc(int(count))
         self._drops(tally)
 
+    def ranked_by_candidate(self, viewers: int) -> None:
+        """Viewers in a canary's share were ranked by the version on trial."""
+        self.metrics.candidate_ranked.inc(viewers)
+
     def ranked_on_host(self, reason: str, viewers: int) -> None:
         """The GPU's pipeline left requests to the host, and why."""
         self.metrics.host_ranked.labels(reason).inc(viewers)

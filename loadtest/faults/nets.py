@@ -136,3 +136,33 @@ def _model(
     if schema is not None:
         helper.set_model_props(model, {"feature_schema": schema})
     return model
+
+
+def on_lattice(model: onnx.ModelProto, odd: bool, schema: str, metrics: dict[str, float] | None = None) -> None:
+    """Moves the scores of a model, in place, onto multiples of 0.002, or, if ``odd``, between them: by 0.001 or less.
+
+    So every single score tells which of two models gave it, and the two agree about everything else.
+    """
+    for node in model.graph.node:
+        node.output[:] = ["raw_trend" if name == "trend" else name for name in node.output]
+    constants = {"steps": 499.0, "step": 0.002, "shift": 0.001 if odd else 0.0}
+    model.graph.initializer.extend(numpy_helper.from_array(np.float32(v), name) for name, v in constants.items())
+    model.graph.node.extend(
+        [
+            helper.make_node("Mul", ["raw_trend", "steps"], ["stretched"]),
+            helper.make_node("Floor", ["stretched"], ["whole"]),
+            helper.make_node("Mul", ["whole", "step"], ["even_trend"]),
+            helper.make_node("Add", ["even_trend", "shift"], ["trend"]),
+        ]
+    )
+    told = {"feature_schema": schema, **{f"metric.{name}": str(value) for name, value in (metrics or {}).items()}}
+    del model.metadata_props[:]
+    helper.set_model_props(model, told)
+
+
+def is_odd(score: float) -> bool | None:
+    """Which lattice a score of `on_lattice` is on; None: neither, so another model, or none, gave it."""
+    thousandths = score * 1000
+    if abs(thousandths - round(thousandths)) > 0.05:
+        return None
+    return round(thousandths) % 2 == 1

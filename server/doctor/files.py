@@ -37,6 +37,22 @@ def declared(context: Context) -> Iterator[Finding]:
         yield ok("files.rules", f"{len(book.rules)} rules, {len(book.surfaces)} surfaces ({rank.rules_file})")
 
 
+def rollout(context: Context) -> Iterator[Finding]:
+    """The file that says which version of a model serves."""
+    from server.rollout.store import RolloutFile
+
+    settings = context.settings
+    decided = None
+    try:
+        if settings.rollout_file.exists():  # a folder that cannot be used is another check's finding
+            decided = RolloutFile(settings.rollout_file).load().get(settings.scoring.model_name)
+    except ConfigError as error:
+        yield fail("files.rollout", str(error), "Restore the file from a backup, or move it away and push again.")
+        return
+    told = f"version {decided.serving} serves" if decided and decided.serving else "nobody chose: the newest serves"
+    yield ok("files.rollout", f"{settings.scoring.model_name}: {told} ({settings.rollout_file})")
+
+
 def _writable(check: str, folder: Path, mend: str) -> tuple[Finding, Path | None]:
     """Whether a folder can be written, or made; and the existing one that it is or will be in, None when it cannot."""
     there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))

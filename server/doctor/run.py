@@ -24,7 +24,7 @@ BARE: tuple[Check, ...] = (
 
 WITH_LIBRARIES: tuple[Check, ...] = (
     ports.ports, security.security, admission.admission, kafka.kafka, device.backend, device.memory, files.declared,
-    files.snapshots, memory.table_memory, memory.viewer_memory, model.model,
+    files.snapshots, files.rollout, memory.table_memory, memory.viewer_memory, model.model,
 )  # fmt: skip
 """Checks that load what the server loads: not run when a library is broken, for it might take the doctor along."""
 

@@ -19,9 +19,9 @@ from server.rules.rulebook import RuleBook
 class StreamState:
     """Derived columns, C rows. Owned by the engine thread.
 
-    rule_bits uint32[C]; boost float32[C]; trend float32[C] (NaN: not scored in this session);
-    exposures uint32[C] (times served in this session); session uint32[C], changes whenever the row
-    holds another session, so that late results can be told apart.
+    rule_bits uint32[C]; boost float32[C]; trend float32[C] (NaN: not scored in this session); candidate_trend
+    float32[C] (the same, by the model on trial); exposures uint32[C] (times served in this session); session
+    uint32[C], changes whenever the row holds another session, so that late results can be told apart.
     """
 
     def __init__(self, table: LiveTable, features: FeatureSet, book: RuleBook) -> None:
@@ -30,6 +30,7 @@ class StreamState:
         self.rule_bits = np.full(capacity, UNASSESSED, np.uint32)
         self.boost = np.zeros(capacity, np.float32)
         self.trend = np.full(capacity, np.nan, np.float32)
+        self.candidate_trend = np.full(capacity, np.nan, np.float32)
         self.exposures = np.zeros(capacity, np.uint32)
         self.session = np.zeros(capacity, np.uint32)
         self.kept: Features | None = None
@@ -61,6 +62,7 @@ class StreamState:
         self.rule_bits[changed] = UNASSESSED
         self.boost[changed] = 0.0
         self.trend[changed] = np.nan
+        self.candidate_trend[changed] = np.nan
         self.exposures[changed] = 0
         self.session[changed] += np.uint32(1)
         self._session_epoch[changed] = columns.epoch[changed]
@@ -90,6 +92,10 @@ class StreamState:
     def set_trend(self, slots: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
         """Takes over finite scores float32[n] of rows int32[n]."""
         self.trend[slots] = scores
+
+    def forget_trend(self) -> None:
+        """No row has a score any more: those of two models must not stand side by side."""
+        self.trend[:] = np.nan
 
     def row_columns(self) -> RowColumns:
         """What the eligibility predicate reads (the same memory)."""

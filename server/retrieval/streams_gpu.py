@@ -65,6 +65,12 @@ class DeviceStreamState(StreamState):
         self.boost[slots] = self._device.to_host(t["boost"][rows])
         return Features(self._device.to_host(values), self._device.to_host(states))
 
+    def forget_trend(self) -> None:
+        """See `StreamState`."""
+        super().forget_trend()
+        self._queue.flush()
+        self._device.tensors["trend"].fill_(float("nan"))
+
     def set_trend(self, slots: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
         """See `StreamState`."""
         super().set_trend(slots, scores)

@@ -1,4 +1,4 @@
-"""Admin: status, blocks, rules."""
+"""Admin: status, blocks, rules; models are in `models.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from liverank.v1 import admin_pb2_grpc as pb_grpc
 from kernels import fence
 from server.engine import Engine
 from server.recorder import Recorder
+from server.rollout.shipping import Shipping
 from server.rpc.control import Control
 from server.rpc.decode import check_short, check_stream_id
+from server.rpc.models import ModelMethods
 from server.rpc.status import guarded
 from server.rules.rulebook import RuleBook
 
@@ -22,11 +24,11 @@ logger = logging.getLogger(__name__)
 MAX_REASON_BYTES = 256
 
 
-class AdminService(pb_grpc.AdminServicer):
+class AdminService(ModelMethods, pb_grpc.AdminServicer):
     """For operators. Blocks are events in the log, hence durable and visible to the next ranking."""
 
-    def __init__(self, engine: Engine, control: Control, recorder: Recorder) -> None:
-        self._engine, self._control, self.recorder = engine, control, recorder
+    def __init__(self, engine: Engine, control: Control, recorder: Recorder, shipping: Shipping) -> None:
+        self._engine, self._control, self.recorder, self._shipping = engine, control, recorder, shipping
         self._started_ms = engine.clock.now_ms()
 
     @guarded

@@ -167,7 +167,8 @@ class RankingService:
         def ask() -> Explanation | None:
             age_ms = engine.reply_state().score_age_ms
             parts = (engine.table, engine.streams, engine.features, engine.pipeline)
-            return explain(*parts, query, request.stream_id, age_ms)
+            with engine.ranked_for(query):
+                return explain(*parts, query, request.stream_id, age_ms)
 
         found = _await(engine.call(ask), deadline_s)
         if found is None:

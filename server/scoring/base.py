@@ -42,3 +42,15 @@ class Scorer(Protocol):
     def close(self) -> None:
         """Releases connections; idempotent."""
         ...
+
+
+class VersionedScorer(Scorer, Protocol):
+    """A scorer that can be told which version answers."""
+
+    def pin(self, version: int) -> None:
+        """From the next call on only this version answers. Any thread."""
+        ...
+
+    def serve(self) -> None:
+        """It is no longer on trial: a broken model may be reloaded, which interrupts all its versions."""
+        ...

@@ -14,25 +14,15 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from server.errors import BadScores, SchemaMismatch, ScorerTimeout, ScorerUnavailable, ScoringError
 from server.scoring.base import Scores
 from server.scoring.model_config import INPUT, OUTPUT, SCHEMA_PARAMETER, check_config, parse_config
+from server.scoring.ort_errors import ORT_ERRORS
 from server.scoring.shapes import checked_features, checked_scores
 
 log = logging.getLogger(__name__)
-
-# onnxruntime's exceptions share no base class but Exception; ValueError is its answer to unknown names.
-ORT_ERRORS: tuple[type[Exception], ...] = (
-    *(getattr(ort_state, name) for name in (
-        "EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelLoaded",
-        "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException",
-    )),
-    RuntimeError,
-    ValueError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,22 +32,35 @@ class _Model:
 
 
 class LocalScorer:
-    """The highest version in ``model_repository/model_name``. Called from one thread; loads when first used.
+    """One version of ``model_repository/model_name``. Called from one thread; loads when first used.
 
-    A new, higher version directory is picked up by the next call, so it must appear complete (written
-    elsewhere, then renamed). One that cannot be used is logged and not tried again while an older one serves.
+    Args:
+        version: the only one that answers; 0: the highest, until `pin` names another.
+
+    A new, higher version directory is picked up by the next call if none is pinned, so it must appear complete
+    (written elsewhere, then renamed). One that cannot be used is logged and not tried again while an older one serves.
     """
 
     name = "local"
     transport = "in_process"
 
-    def __init__(self, model_repository: Path, model_name: str, feature_schema: str, n_features: int) -> None:
+    def __init__(
+        self, model_repository: Path, model_name: str, feature_schema: str, n_features: int, version: int = 0
+    ) -> None:
         self._folder = Path(model_repository) / model_name
         self._name = model_name
         self._feature_schema = feature_schema
         self._n_features = n_features
         self._model: _Model | None = None
         self._refused_version: int | None = None
+        self._pinned = version
+
+    def pin(self, version: int) -> None:
+        """From the next call on only this version answers. Any thread."""
+        self._pinned = version
+
+    def serve(self) -> None:
+        """See VersionedScorer. There is nothing to reload here."""
 
     def score(self, features: NDArray[np.float32], deadline_s: float) -> Scores:
         """See Scorer.score."""
@@ -75,6 +78,10 @@ class LocalScorer:
         self._model = None
 
     def _newest(self) -> _Model:
+        if pinned := self._pinned:
+            if self._model is None or self._model.version != pinned:
+                self._model = self._load(pinned)
+            return self._model
         version = max(self._versions(), default=None)
         if version is None:
             if self._model is not None:

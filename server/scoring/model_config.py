@@ -16,6 +16,7 @@ from server.errors import BadScores, ConfigError, SchemaMismatch
 INPUT = "features"  # float32[n, F]
 OUTPUT = "trend"  # float32[n], calibrated probability in [0, 1]
 SCHEMA_PARAMETER = "feature_schema"
+COMMIT_PARAMETER = "commit"
 VERSIONS_KEPT = 2
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.:-]+")  # needs no escaping in protobuf text
@@ -26,6 +27,7 @@ def render_config(
     n_features: int,
     metrics: Mapping[str, float] | None = None,
     model_name: str = "trendiness",
+    commit: str = "",
 ) -> str:
     """The text of ``<model_name>/config.pbtxt``.
 
@@ -33,13 +35,15 @@ def render_config(
         schema_hash: the feature schema the model was trained on; servers refuse any other.
         n_features: F, the width of a feature row.
         metrics: evaluation results to keep beside the model, each as parameter ``metric.<name>``.
+        commit: of the code that wrote it; "" unknown.
 
     Raises:
         ConfigError: a name cannot be written, or ``n_features`` is not positive.
     """
     if n_features < 1:
         raise ConfigError(f"n_features: {n_features} is not positive")
-    lines = parameter_lines(model_name, {SCHEMA_PARAMETER: schema_hash}, metrics or {})
+    said = {SCHEMA_PARAMETER: schema_hash} | ({COMMIT_PARAMETER: commit} if commit else {})
+    lines = parameter_lines(model_name, said, metrics or {})
     return f"""\
 # Written by the exporter (server/scoring/model_config.py); do not edit.
 name: "{model_name}"
@@ -68,9 +72,10 @@ def parameter_lines(model_name: str, schemas: Mapping[str, str], metrics: Mappin
     for text in (model_name, *parameters):
         if not _PLAIN.fullmatch(text):
             raise ConfigError(f"model configuration: {text!r} may hold letters, digits and _ . : - only")
-    for value in schemas.values():
+    for name, value in schemas.items():
         if not _PLAIN.fullmatch(value):
-            raise ConfigError(f"schema_hash: {value!r} may hold letters, digits and _ . : - only")
+            field = name if name == COMMIT_PARAMETER else "schema_hash"
+            raise ConfigError(f"{field}: {value!r} may hold letters, digits and _ . : - only")
     return "\n".join(
         f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()
     )

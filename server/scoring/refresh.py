@@ -87,20 +87,38 @@ class RefreshResult:
     model_version: str
     as_of_ms: int
     model_rows_bad: int
+    turn: int = 0
+    """Which scorer was asked: counts `Refresher.use`."""
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
+    """scores: float32[n] in [0, 1], NaN where the model gave no probability: ``rows_bad`` rows. version: its label."""
+
     scores: NDArray[np.float32]
     version: str
     rows_bad: int
+
+
+@dataclass
+class _Asked:
+    """The scorer in use, with what is remembered about it."""
+
+    scorer: Scorer
+    ladder: Ladder
+    last_good_ms: int | None
+    turn: int
+
+
+Listener = Callable[[RefreshJob, RefreshResult, float], None]
+"""(job, its result, seconds that the model took); called in the worker thread, returns at once."""
 
 
 class Refresher:
     """Scores one job at a time in its own thread; falls down the ladder when the model fails.
 
     Args:
-        scorer: the model; the caller closes it, after this object.
+        scorer: the model; the caller closes it, after this object. `use` replaces it.
         settings: deadline_ms bounds all chunks of one job together; breaker and maximum score age.
         feature_names: the F names, for the formula.
         clock: decides breaker and score age; must be the clock of ``as_of_ms``.
@@ -126,14 +144,14 @@ class Refresher:
         on_call: Callable[[str, float], None] = lambda outcome, seconds: None,
     ) -> None:
         formula_columns(feature_names)  # fail at start, not when the model does
-        self._scorer = scorer
+        self._settings = settings
+        self._asked = _Asked(scorer, self._new_ladder(), None, 0)
         self._deadline_s = settings.deadline_ms / 1000
         self._feature_names = tuple(feature_names)
         self._clock = clock
         self._post = post
         self._on_call = on_call
-        self._ladder = Ladder(settings.breaker_failures, settings.breaker_open_ms, settings.max_score_age_ms)
-        self._last_good_ms: int | None = None
+        self.listener: Listener | None = None
         self.outcomes: Counter[str] = Counter()
         self.rows_bad = 0
         self.post_failures = 0
@@ -143,6 +161,35 @@ class Refresher:
         self._closing = False
         self._worker = threading.Thread(target=self._work, name="score-refresh", daemon=True)
         self._worker.start()
+
+    @property
+    def scorer(self) -> Scorer:
+        """The model that is asked now."""
+        return self._asked.scorer
+
+    @property
+    def deadline_s(self) -> float:
+        """For all chunks of one job."""
+        return self._deadline_s
+
+    def use(self, scorer: Scorer, version: str = "", last_good_ms: int | None = None) -> int:
+        """Asks another model from the next job on; returns its turn. Any thread.
+
+        A job in progress ends with the model that it began with, and its result says so (``RefreshResult.turn``).
+
+        Args:
+            version, last_good_ms: of the scores that this model gave already, if it did.
+        """
+        ladder = self._new_ladder()
+        if last_good_ms is not None:
+            ladder.succeeded(self._clock.now_ms(), version)
+        turn = self._asked.turn + 1
+        self._asked = _Asked(scorer, ladder, last_good_ms, turn)
+        return turn
+
+    def _new_ladder(self) -> Ladder:
+        s = self._settings
+        return Ladder(s.breaker_failures, s.breaker_open_ms, s.max_score_age_ms)
 
     def submit(self, job: RefreshJob) -> bool:
         """Hands over a job. False, and nothing happens, while another is in progress or after close."""
@@ -170,70 +217,49 @@ class Refresher:
 
     def run_once(self, job: RefreshJob) -> RefreshResult:
         """Scores ``job`` in the calling thread: worker, replay, tests. A failing model is no error."""
-        answer = self._ask_model(job) if len(job.slots) else None
-        assessment = self._ladder.assess(self._clock.now_ms(), self._last_good_ms)
+        asked, began_s = self._asked, time.monotonic()
+        answer = self._ask_model(asked, job) if len(job.slots) else None
+        seconds = time.monotonic() - began_s
+        assessment = asked.ladder.assess(self._clock.now_ms(), asked.last_good_ms)
         self.level = assessment.level
         scores, as_of_ms, version, rows_bad = None, job.as_of_ms, "", 0
         if answer is not None:
             scores, version, rows_bad = answer.scores, answer.version, answer.rows_bad
         elif len(job.slots) == 0:
             scores = np.empty(0, dtype=np.float32)
-        elif assessment.level is Level.LAST_GOOD and self._last_good_ms is not None:
-            as_of_ms, version = self._last_good_ms, self._ladder.model_version
+        elif assessment.level is Level.LAST_GOOD and asked.last_good_ms is not None:
+            as_of_ms, version = asked.last_good_ms, asked.ladder.model_version
         else:
             scores = trend_formula(job.features, self._feature_names)
         order = None if scores is None else rank_rows(scores, job.slots, job.ids)
-        return RefreshResult(
+        result = RefreshResult(
             job.slots, job.sessions, scores, order, assessment.level, assessment.reasons, version,
-            as_of_ms, rows_bad,
+            as_of_ms, rows_bad, asked.turn,
         )  # fmt: skip
+        if self.listener is not None:
+            self._shielded(partial(self.listener, job, result, seconds))
+        return result
 
-    def _ask_model(self, job: RefreshJob) -> _Answer | None:
+    def _ask_model(self, asked: _Asked, job: RefreshJob) -> Answer | None:
         """One call of the model if the breaker allows; None when there are no new scores."""
-        if not self._ladder.may_call(self._clock.now_ms()):
+        if not asked.ladder.may_call(self._clock.now_ms()):
             self._count("skipped", 0.0)
             return None
         started = time.monotonic()
-        answer, error = self._shielded(partial(self._score, job.features))
+        answer, error = self._shielded(partial(score_rows, asked.scorer, job.features, self._deadline_s))
         seconds = time.monotonic() - started
         now_ms = self._clock.now_ms()
         if answer is None:
             outcome = OUTCOMES.get(type(error), "internal") if isinstance(error, ScoringError) else "internal"
             self._count(outcome, seconds)
             told = error if isinstance(error, ScoringError) else f"{type(error).__name__}: {error}"
-            self._ladder.failed(now_ms, f"{outcome}: {told}")
+            asked.ladder.failed(now_ms, f"{outcome}: {told}")
             return None
         self._count("ok", seconds)
         self.rows_bad += answer.rows_bad
-        self._ladder.succeeded(now_ms, answer.version)
-        self._last_good_ms = job.as_of_ms
+        asked.ladder.succeeded(now_ms, answer.version)
+        asked.last_good_ms = job.as_of_ms
         return answer
-
-    def _score(self, features: NDArray[np.float32]) -> _Answer:
-        """Scores all rows, in chunks, within one deadline. Raises ScoringError."""
-        ends_at = time.monotonic() + self._deadline_s
-        scores = np.empty(len(features), dtype=np.float32)
-        versions: dict[str, None] = {}  # in order of appearance
-        for start in range(0, len(features), CHUNK_ROWS):
-            left_s = ends_at - time.monotonic()
-            if left_s <= 0:
-                raise ScorerTimeout(
-                    f"{start} of {len(features)} rows were scored within {self._deadline_s * 1e3:.0f} ms"
-                )
-            chunk = features[start : start + CHUNK_ROWS]
-            part = self._scorer.score(chunk, left_s)
-            if part.values.shape != (len(chunk),):
-                raise BadScores(f"{part.model_version} answered {part.values.shape} for {len(chunk)} rows")
-            scores[start : start + CHUNK_ROWS] = part.values
-            versions[part.model_version] = None
-        label = ",".join(versions)
-        usable = (scores >= -RANGE_TOLERANCE) & (scores <= 1 + RANGE_TOLERANCE)  # False for NaN
-        rows_bad = len(scores) - int(np.count_nonzero(usable))
-        if 2 * rows_bad > len(scores):
-            raise BadScores(f"{label} gave no probability for {rows_bad} of {len(scores)} rows")
-        np.clip(scores, 0.0, 1.0, out=scores)
-        scores[~usable] = np.nan
-        return _Answer(scores, label, rows_bad)
 
     def _work(self) -> None:
         while True:
@@ -254,12 +280,13 @@ class Refresher:
     def _crashed(self, job: RefreshJob, reason: str) -> RefreshResult:
         """Our own code failed around the model: keep what there is, and say so."""
         self._count("internal", 0.0)
-        self._ladder.failed(self._clock.now_ms(), reason)
+        asked = self._asked
+        asked.ladder.failed(self._clock.now_ms(), reason)
         self.level = Level.LAST_GOOD
-        as_of_ms = job.as_of_ms if self._last_good_ms is None else self._last_good_ms
+        as_of_ms = job.as_of_ms if asked.last_good_ms is None else asked.last_good_ms
         return RefreshResult(
-            job.slots, job.sessions, None, None, Level.LAST_GOOD, (reason,), self._ladder.model_version,
-            as_of_ms, 0,
+            job.slots, job.sessions, None, None, Level.LAST_GOOD, (reason,), asked.ladder.model_version,
+            as_of_ms, 0, asked.turn,
         )  # fmt: skip
 
     def _count(self, outcome: str, seconds: float) -> None:
@@ -275,3 +302,32 @@ class Refresher:
         except Exception as error:  # the foreign code of scorer, telemetry and post
             log.exception("unexpected error in the score refresh")
             return None, error
+
+
+def score_rows(scorer: Scorer, features: NDArray[np.float32], deadline_s: float) -> Answer:
+    """Scores all rows float32[n, F], in chunks, within one deadline.
+
+    Raises:
+        ScoringError: no answer in time, or for more than half of the rows no probability.
+    """
+    ends_at = time.monotonic() + deadline_s
+    scores = np.empty(len(features), dtype=np.float32)
+    versions: dict[str, None] = {}  # in order of appearance
+    for start in range(0, len(features), CHUNK_ROWS):
+        left_s = ends_at - time.monotonic()
+        if left_s <= 0:
+            raise ScorerTimeout(f"{start} of {len(features)} rows were scored within {deadline_s * 1e3:.0f} ms")
+        chunk = features[start : start + CHUNK_ROWS]
+        part = scorer.score(chunk, left_s)
+        if part.values.shape != (len(chunk),):
+            raise BadScores(f"{part.model_version} answered {part.values.shape} for {len(chunk)} rows")
+        scores[start : start + CHUNK_ROWS] = part.values
+        versions[part.model_version] = None
+    label = ",".join(versions)
+    usable = (scores >= -RANGE_TOLERANCE) & (scores <= 1 + RANGE_TOLERANCE)  # False for NaN
+    rows_bad = len(scores) - int(np.count_nonzero(usable))
+    if 2 * rows_bad > len(scores):
+        raise BadScores(f"{label} gave no probability for {rows_bad} of {len(scores)} rows")
+    np.clip(scores, 0.0, 1.0, out=scores)
+    scores[~usable] = np.nan
+    return Answer(scores, label, rows_bad)

@@ -19,6 +19,7 @@ from server.scoring.base import Scores
 from server.scoring.model_config import INPUT, OUTPUT, check_config
 from server.scoring.shapes import checked_features, checked_scores
 from server.scoring.transport import PlainTensors, Transport
+from server.scoring.versions import TritonVersions
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,9 @@ class TritonScorer:
 
     Args:
         tensors: how they travel (`open_transport`); plain if not given. Closed with the scorer.
+        version: the only one that answers; 0: Triton's newest, until `pin` names another.
+        versions: which versions a reload has to bring back; None: those that Triton chooses.
+        heals: False for a version on trial: reloading it would unload the one that serves, too.
 
     Attributes:
         heals: reloads that went through. heal_failures: reloads that did not.
@@ -86,7 +90,15 @@ class TritonScorer:
     name = "triton"
 
     def __init__(
-        self, address: str, model_name: str, feature_schema: str, n_features: int, tensors: Transport | None = None
+        self,
+        address: str,
+        model_name: str,
+        feature_schema: str,
+        n_features: int,
+        tensors: Transport | None = None,
+        version: int = 0,
+        versions: TritonVersions | None = None,
+        heals: bool = True,
     ) -> None:
         self._address = address
         self._tensors = PlainTensors() if tensors is None else tensors
@@ -102,6 +114,8 @@ class TritonScorer:
         self._timeouts_in_a_row = 0
         self._diagnosing = False
         self._closed = False
+        self._version = str(version or "")
+        self._versions, self._may_heal = versions, heals
         self.heals = 0
         self.heal_failures = 0
 
@@ -133,6 +147,14 @@ class TritonScorer:
         self._heal_at = HEAL_AFTER_FAILURES
         return scores
 
+    def pin(self, version: int) -> None:
+        """From the next call on only this version answers. Any thread."""
+        self._version = str(version)
+
+    def serve(self) -> None:
+        """See VersionedScorer."""
+        self._may_heal = True
+
     def close(self) -> None:
         """See Scorer.close. Waits a moment for a reload in progress."""
         self._closed = True
@@ -145,7 +167,7 @@ class TritonScorer:
         if self._client is None:
             self._client = self._connect()
         if not self._model_accepted:
-            self._check(self._client, "", ends_at)
+            self._check(self._client, self._version, ends_at)
             self._model_accepted = True
         result = self._infer(self._client, rows, ends_at)
         version = str(result.get_response().model_version)
@@ -160,13 +182,16 @@ class TritonScorer:
         for may_be_lost in (True, False):
             call = self._tensors.prepare(client, rows, _left_s(ends_at))
             try:
-                return client.infer(self._model, call.inputs, outputs=call.outputs, client_timeout=_left_s(ends_at))
+                return client.infer(
+                    self._model, call.inputs, model_version=self._version, outputs=call.outputs,
+                    client_timeout=_left_s(ends_at),
+                )  # fmt: skip
             except InferenceServerException as error:
                 if not (may_be_lost and self._tensors.is_lost(error)):
                     raise
                 self._tensors.failed()
                 self._forget_checks()  # a restarted Triton may have another model
-                self._check(client, "", ends_at)
+                self._check(client, self._version, ends_at)
                 self._model_accepted = True
         raise AssertionError("not reached: the second turn returns or raises")
 
@@ -213,7 +238,7 @@ class TritonScorer:
         return self._healer is not None and self._healer.is_alive()
 
     def _heal_in_background(self, heal: Callable[[], None]) -> None:
-        if not self._is_healing():
+        if self._may_heal and not self._is_healing():
             self._healer = threading.Thread(target=heal, name="triton-heal", daemon=True)
             self._healer.start()
 
@@ -223,7 +248,7 @@ class TritonScorer:
         client = self._connect()
         tensors = self._probe()
         try:
-            client.infer(self._model, tensors, client_timeout=DIAGNOSE_TIMEOUT_S)
+            client.infer(self._model, tensors, model_version=self._version, client_timeout=DIAGNOSE_TIMEOUT_S)
         except InferenceServerException as error:
             broken = (error.status() or "").removeprefix("StatusCode.") == "INTERNAL"
         else:
@@ -245,8 +270,9 @@ class TritonScorer:
         client = self._connect()
         try:
             client.unload_model(self._model, client_timeout=HEAL_TIMEOUT_S)
-            client.load_model(self._model, client_timeout=HEAL_TIMEOUT_S)
-        except InferenceServerException as error:
+            wanted = None if self._versions is None else self._versions.override()
+            client.load_model(self._model, config=wanted, client_timeout=HEAL_TIMEOUT_S)
+        except (InferenceServerException, ScoringError) as error:
             self.heal_failures += 1
             log.error("%s at %s could not be reloaded: %s", self._model, self._address, error)
         else:

@@ -52,6 +52,13 @@ def _table() -> dict[str, Access]:
             Access("/liverank.v1.Admin/BlockStream", admin, audited=True),
             Access("/liverank.v1.Admin/UnblockStream", admin, audited=True),
             Access("/liverank.v1.Admin/ReloadRules", admin, audited=True),
+            Access("/liverank.v1.Admin/PushModel", admin, audited=True),
+            Access("/liverank.v1.Admin/ShadowModel", admin, audited=True),
+            Access("/liverank.v1.Admin/CanaryModel", admin, audited=True),
+            Access("/liverank.v1.Admin/PromoteModel", admin, audited=True),
+            Access("/liverank.v1.Admin/RollbackModel", admin, audited=True),
+            Access("/liverank.v1.Admin/ListModels", admin, audited=True),
+            Access("/liverank.v1.Admin/DiffModels", admin, audited=True),
             # Load balancers and orchestrators probe without credentials; the answer is one bit.
             Access("/grpc.health.v1.Health/Check", ALL_ROLES, public=True),
             Access("/grpc.health.v1.Health/List", ALL_ROLES, public=True),

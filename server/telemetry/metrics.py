@@ -166,6 +166,27 @@ class Metrics:
         self.model_bad_rows = Counter(
             "liverank_model_bad_rows_total", "Rows that the model scored non-finite", registry=r
         )
+        self.model_versions = Gauge(
+            "liverank_model_version", "Version of a model in a role: serving, previous, candidate; 0: none",
+            ["model", "role"], registry=r,
+        )  # fmt: skip
+        self.canary_share = Gauge(
+            "liverank_canary_share", "Share of the viewers that the candidate serves", ["model"], registry=r
+        )
+        self.candidate_ranked = Counter("liverank_candidate_ranked_total", "Viewers ranked by a candidate", registry=r)
+        self.rollout_agreement = Gauge(
+            "liverank_rollout_agreement", "The candidate's scores against those in use", ["model", "measure"],
+            registry=r,
+        )  # fmt: skip
+        self.rollout_steps = Counter(
+            "liverank_rollout_steps_total", "Steps of rollouts", ["model", "step", "outcome"], registry=r
+        )
+        self.rollbacks = Counter(
+            "liverank_rollbacks_total", "Rollbacks by guardrail, or asked for", ["model", "guardrail"], registry=r
+        )
+        self.rollout_mends = Counter(
+            "liverank_rollout_mends_total", "Versions that Triton had lost were loaded again", ["model"], registry=r
+        )
         self.feature_missing_share = Gauge(
             "liverank_feature_missing_share", "Share of live streams for which a feature is missing or stale",
             ["feature", "state"], registry=r,

@@ -41,6 +41,8 @@ WANTED = {
     "Rank": "reader", "RankBatch": "reader", "Explain": "reader", "CheckLive": "reader", "WatchEnded": "reader",
     "Publish": "producer", "Reconcile": "producer",
     "Status": "admin", "BlockStream": "admin", "UnblockStream": "admin", "ReloadRules": "admin",
+    "PushModel": "admin", "ShadowModel": "admin", "CanaryModel": "admin", "PromoteModel": "admin",
+    "RollbackModel": "admin", "ListModels": "admin", "DiffModels": "admin",
     "Check": "nobody", "Watch": "nobody", "List": "nobody", "ServerReflectionInfo": "anybody known",
 }  # fmt: skip
 REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)

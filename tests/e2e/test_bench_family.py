@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from typing import Any
 
@@ -71,6 +72,17 @@ def test_soak_tells_slopes_with_their_errors(capsys: pytest.CaptureFixture[str])
     assert found["rate_rps"] == 100.0 and found["p99_ms"] > 0 and not found["errors"] and found["unsent"] == 0
     assert found["rss_slope_error_mb_per_h"] is not None and found["p99_drift_error_ms_per_h"] > 0
     assert sum(window["calls"] for window in found["windows"]) == 240 and found["events_accepted"] > 200
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnx") is None, reason="onnx is not installed")
+def test_swap_changes_the_model_under_load_and_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "swap", "--quick", "--seconds", "7", "--streams", str(STREAMS)]) == 0
+    found = said(capsys, "swap")
+    assert found["failed"] == found["mixed"] == found["late_old"] == 0 and found["steps_done"]
+    assert set(found["versions"]) == {"trendiness/1", "trendiness/2"} and found["rollback_ms"] < 1_000
+    assert found["quiet_p99_ms"] > 0 and found["swap_p99_ms"] > 0 and [part["part"] for part in found["parts"]] == [
+        "quiet", "push", "shadow", "canary 1 %", "canary 10 %", "canary 100 %", "promote", "rollback",
+    ]  # fmt: skip
 
 
 def test_scale_measures_every_size(capsys: pytest.CaptureFixture[str]) -> None:

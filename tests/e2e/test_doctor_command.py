@@ -167,11 +167,11 @@ def test_the_log_of_a_killed_server_is_read_and_not_changed(tmp_path: Path) -> N
     finally:
         server.process.kill()
         server.process.wait()
-    before = {path.name: path.read_bytes() for path in (tmp_path / "server").glob("events.*")}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "server").glob("events.sqlite3*")}
     assert len(before) == 3, "a WAL was left"
     code, report = doctor(tmp_path, {**FREE, "log": {"path": str(tmp_path / "server/events.sqlite3")}})
     assert code == 0 and "last of 1 records intact" in told(report, "files.log")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "server").glob("events.*")} == before
+    assert {path.name: path.read_bytes() for path in (tmp_path / "server").glob("events.sqlite3*")} == before
 
 
 @pytest.mark.parametrize(

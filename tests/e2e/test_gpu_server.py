@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from liverank.v1 import admin_pb2, ranking_pb2
 
 from server.ranking.pipeline_gpu import GpuPipeline
+from server.scoring.order import rank_rows
 from tests.app import SMALL, Client, running_app
 from tests.device import INTERPRETED
 from tests.events import event, started
@@ -109,3 +112,32 @@ def test_a_batch_is_finished_after_the_next_was_started_and_none_is_left_behind(
         release.set()
         assert all(len(call.result().streams) == 2 for call in calls)
     assert steps == ["start", "start", "finish", "start", "finish", "finish"]
+
+
+def test_a_canary_is_ranked_on_the_host_and_a_promotion_reaches_the_device(client: Client) -> None:
+    engine = client.app.engine
+    client.tick()
+    used = engine.scores
+    assert used.scores is not None
+    scores = np.float32(1.0) - used.scores
+    other = replace(used, scores=scores, order=rank_rows(scores, used.slots, None), model_version="trendiness/2")
+
+    def begin() -> None:
+        engine.try_candidate("trendiness/2")
+        assert engine.candidate.take(other)
+        engine.candidate.share = 1.0
+
+    assert client.rank(limit=3).model_version == "trendiness/1"
+    engine.call(begin).result(10.0)
+    before = on_host(client).get("canary", 0)
+    assert client.rank(limit=3).model_version == "trendiness/2"
+    assert on_host(client)["canary"] == before + 1
+    engine.call(lambda: engine.replace_scores(other, used.turn)).result(10.0)
+    assert client.rank(limit=3).model_version == "trendiness/2"
+    assert on_host(client)["canary"] == before + 1, "the device ranks by it now"
+    pipeline = engine.pipeline
+    assert isinstance(pipeline, GpuPipeline)
+    on_device = engine.call(lambda: pipeline._queue.device.to_host(pipeline._queue.device.tensors["trend"])).result(
+        10.0
+    )
+    np.testing.assert_array_equal(on_device[used.slots], scores)

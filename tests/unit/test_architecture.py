@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.log": {"server.live", *LEAVES},
     "server.scoring": {"kernels", *LEAVES},
     "server.viewers": {"kernels", "server.live", "server.scoring.ranker_schema", "server.scoring.ladder", *LEAVES},
+    "server.rollout": {"server.scoring", "server.security", *LEAVES},
     "server.batching": set(),
     "server.admission": {"server.batching", *LEAVES},
     "server.rules": {"kernels", "server.live", *LEAVES},
@@ -77,6 +78,7 @@ def test_only_the_edge_knows_grpc_and_only_the_model_transport_knows_triton() ->
                 "edge.py",
                 "channel.py",
                 "client.py",
+                "model_client.py",
                 "doctor/health.py",
                 "scoring/triton.py",
             ), place

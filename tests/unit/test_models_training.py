@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -22,6 +23,7 @@ from models.fit import FitSettings  # noqa: E402
 from models.telling import everything, only  # noqa: E402
 from models.train import Trained, TrainSettings, headline, main, train  # noqa: E402
 from models.trendiness import Trendiness, predict, scaling  # noqa: E402
+from server.__main__ import main as liverank  # noqa: E402
 from server.config import ScoringSettings, TableSettings  # noqa: E402
 from server.live.features import FeatureSet  # noqa: E402
 from server.scoring.local import LocalScorer  # noqa: E402
@@ -65,7 +67,7 @@ def test_the_trained_model_is_published_and_served(tiny: Trained, tmp_path: Path
     facts = {**tiny.facts, "unmeasured": float("nan")}
     for _ in range(2):  # a version may be replaced
         folder = publish(tmp_path, 4, tiny.model, FEATURES.schema, tiny.sample, facts, headline(tiny.facts))
-    assert sorted(p.name for p in folder.iterdir()) == ["metrics.json", "model.onnx"]
+    assert sorted(p.name for p in folder.iterdir()) == ["metrics.json", "model.onnx", "weights.npz"]
     assert sorted(p.name for p in folder.parent.iterdir()) == ["4", "config.pbtxt"]
     written = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert written["feature_schema"] == FEATURES.schema and written["unmeasured"] is None
@@ -73,6 +75,31 @@ def test_the_trained_model_is_published_and_served(tiny: Trained, tmp_path: Path
     scores = scorer.score(tiny.sample, deadline_s=10.0)
     assert scores.model_version == "trendiness/4"
     np.testing.assert_allclose(scores.values, predict(tiny.model, tiny.sample), atol=TOLERANCE)
+
+
+def test_weights_are_exported_again_as_the_same_graph(
+    tiny: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = publish(tmp_path, 1, tiny.model, FEATURES.schema, tiny.sample, tiny.facts, headline(tiny.facts))
+    command = ["model", "export", str(made / "weights.npz"), "--version", "2", "--out", str(tmp_path)]
+    assert liverank(command) == 0
+    again = tmp_path / "trendiness" / "2"
+    assert (again / "model.onnx").read_bytes() == (made / "model.onnx").read_bytes()
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (made, again))
+    on_sample = {"onnx_difference", "onnx_checked_rows"}
+    assert {k: first[k] for k in first.keys() - on_sample} == {k: second[k] for k in second.keys() - on_sample}
+    assert second["commit"] and second["onnx_checked_rows"] > 512
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 <= told["onnx_difference"] <= TOLERANCE and told["headline"]["auc"] == headline(tiny.facts)["auc"]
+    known = onnxruntime.InferenceSession(again / "model.onnx").get_modelmeta().custom_metadata_map
+    assert known["feature_schema"] == FEATURES.schema and float(known["metric.auc"]) == pytest.approx(
+        told["headline"]["auc"], abs=1e-5
+    )
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04")
+    for path in (tmp_path / "broken.npz", tmp_path / "absent.npz", again / "metrics.json"):
+        assert liverank(["model", "export", str(path), "--version", "3", "--out", str(tmp_path)]) == 2
+        assert "not a file of trained weights" in capsys.readouterr().err
+    assert not (tmp_path / "trendiness" / "3").exists()
 
 
 def test_the_command_line_writes_a_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

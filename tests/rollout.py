@@ -1,0 +1,94 @@
+"""Two models whose every score tells which of them gave it, and a server that shows scores as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from liverank.v1 import admin_pb2, ranking_pb2
+
+from loadtest.faults.nets import is_odd, on_lattice, put_model, small_net
+from tests.app import FEATURES, Client
+from tests.events import event, started
+from tests.triton_server import eventually
+
+RULES = """
+[surface.default]
+trend_weight = 1.0
+similarity_weight = 0.0
+followed_bonus = 0.0
+fresh_bonus = 0.0
+boost_weight = 0.0
+cold_start_trend = 0.5005
+diversity = 0.0
+creator_cap = 0
+category_share = 1.0
+exploration_share = 0.0
+"""
+METRICS = {"auc": 0.8}
+WHY = "it is better"
+
+
+def lattice_net(version: int, seed: int = 1) -> onnx.ModelProto:
+    """Odd versions score on the odd lattice. Weights are small, so that real features do not saturate it."""
+    model = small_net(seed, len(FEATURES))
+    for tensor in model.graph.initializer:
+        if tensor.name == "w1":
+            weights = onnx.numpy_helper.to_array(tensor) * np.float32(0.02)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(weights, "w1"))
+    on_lattice(model, version % 2 == 1, FEATURES.schema, METRICS)
+    return model
+
+
+def put_lattice(repository: Path, version: int = 1, seed: int = 1) -> None:
+    put_model(
+        repository, "trendiness", lattice_net(version, seed), version, FEATURES.schema, len(FEATURES)
+    )  # fmt: skip
+
+
+def files_of(model: onnx.ModelProto | bytes, facts: bytes = b"") -> list[admin_pb2.ModelFile]:
+    """What a push sends."""
+    content = model if isinstance(model, bytes) else model.SerializeToString()
+    files = [admin_pb2.ModelFile(name="model.onnx", content=content)]
+    return [*files, admin_pb2.ModelFile(name="metrics.json", content=facts)] if facts else files
+
+
+def settings(folder: Path, **rollout: Any) -> dict[str, dict[str, Any]]:
+    """Sections for `serving_app`; makes repository and rules in ``folder``."""
+    if not (folder / "models").exists():
+        put_lattice(folder / "models")
+    (folder / "rules.toml").write_text(RULES)
+    return {"rank": {"rules_file": str(folder / "rules.toml")}, "rollout": rollout}
+
+
+def some_streams(client: Client, count: int = 60) -> None:
+    """Live, each with another crowd, and scored."""
+    now_ms = client.clock.now_ms()
+    for i in range(count):
+        client.publish(started(f"s{i}", 0, now_ms), event(f"s{i}", 0, now_ms, 1, viewer_count={"count": 10 + 37 * i}))
+    client.tick()
+    assert client.app.engine.scores.model_version
+
+
+def versions_of(reply: ranking_pb2.RankResponse) -> set[str]:
+    """Which models gave the scores of a reply."""
+    return {{True: "odd", False: "even", None: "neither"}[is_odd(stream.score)] for stream in reply.streams}
+
+
+def checked(reply: ranking_pb2.RankResponse) -> str:
+    """The version that a reply names, after making sure that it alone scored every stream in it."""
+    version = reply.model_version
+    parity = "odd" if int(version.partition("/")[2]) % 2 else "even"
+    assert len(reply.streams) > 0 and versions_of(reply) == {parity}, (version, [s.score for s in reply.streams])
+    return version
+
+
+def refreshed(client: Client, times: int = 1) -> None:
+    """So many refreshes that a candidate, too, has scored."""
+    trial = client.app.shipping._paths["trendiness"].trial
+    for _ in range(times):
+        before = trial.refreshes + trial.failures
+        client.tick()
+        eventually(lambda before=before: trial.refreshes + trial.failures > before, what="the candidate has scored")
