@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.security": {*LEAVES},
     "server.live": {"kernels", *LEAVES},
     "server.log": {"server.live", *LEAVES},
-    "server.scoring": {*LEAVES},
+    "server.scoring": {"kernels", *LEAVES},
     "server.batching": set(),
     "server.admission": {"server.batching", *LEAVES},
     "server.rules": {"kernels", "server.live", *LEAVES},
