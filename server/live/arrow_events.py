@@ -43,6 +43,8 @@ MAX_TEXT_BYTES = 16 << 20
 """Text of one column with its dictionary applied. Few bytes on the wire could stand for any number otherwise."""
 
 _STARTED_TEXTS = ("creator_id", "title", "language", "category", "region")
+_IMPRESSION_NUMBERS = ("served_ms", "verify_by_ms", "position", "propensity", "applied_offset")
+_IMPRESSION_TEXTS = ("viewer_id", "request_id", "model_version")
 _NO_KIND = 0
 
 
@@ -149,14 +151,15 @@ class _Decoder:
             ended_reason={
                 int(at): reason.value(int(reason.codes[keep[at]])) for at in np.flatnonzero(kind == fence.END)
             },
-            impressions={
-                int(at): ImpressionRow(
-                    int(self._numbers["served_ms"][keep[at]]), int(self._numbers["verify_by_ms"][keep[at]])
-                )
-                for at in np.flatnonzero(kind == fence.IMPRESSION)
-            },
+            impressions={int(at): self._impression(int(keep[at])) for at in np.flatnonzero(kind == fence.IMPRESSION)},
         )
         return DecodedBatch(events, rejected)
+
+    def _impression(self, row: int) -> ImpressionRow:
+        """A row that passed the checks."""
+        number = {name: self._numbers[name][row].item() for name in _IMPRESSION_NUMBERS}
+        text = {name: self._texts[name].value(int(self._texts[name].codes[row])) for name in _IMPRESSION_TEXTS}
+        return ImpressionRow(**number, **text)
 
     # --- columns ------------------------------------------------------------------------------
 
@@ -231,7 +234,9 @@ class _Decoder:
         value[ended] = since_ms[ended]
 
         seen = kind == fence.IMPRESSION
-        bad |= seen & (self._texts["request_id"].row_lengths() > ID_BYTES)
+        for name in ("request_id", "model_version"):
+            bad |= seen & (self._texts[name].row_lengths() > ID_BYTES)
+        bad |= seen & ~((numbers["propensity"] >= 0.0) & (numbers["propensity"] <= 1.0))  # also true for NaN
         for name in ("served_ms", "verify_by_ms"):
             bad |= seen & ((numbers[name] <= 0) | (numbers[name] >= MAX_TIME_MS))
 
@@ -269,7 +274,9 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "Ended": ("reason", "only_if_not_renewed_since_ms"),
     "ViewerCount": ("count",), "Interaction": ("count",), "Watched": ("seconds",),
     "Money": ("amount_minor", "currency"), "Reported": ("reason",), "Moderated": ("action",),
-    "Impression": ("request_id", "served_ms", "verify_by_ms", "position"),
+    "Impression": (
+        "request_id", "served_ms", "verify_by_ms", "position", "propensity", "model_version", "applied_offset",
+    ),
 }  # fmt: skip
 """Columns that each payload message takes; named as its fields."""
 

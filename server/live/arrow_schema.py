@@ -13,10 +13,10 @@ NUMBERS: dict[str, Any] = {
     "sequence": pa.uint64(), "event_time_ms": pa.int64(), "epoch": pa.uint64(), "media_sequence": pa.uint64(),
     "count": pa.uint32(), "seconds": pa.float32(), "amount_minor": pa.int64(), "action": pa.int32(),
     "age_rating": pa.uint32(), "only_if_not_renewed_since_ms": pa.int64(), "served_ms": pa.int64(),
-    "verify_by_ms": pa.int64(), "position": pa.uint32(),
+    "verify_by_ms": pa.int64(), "position": pa.uint32(), "propensity": pa.float32(), "applied_offset": pa.uint64(),
 }  # fmt: skip
 TEXTS = ("stream_id", "viewer_id", "currency", "reason", "creator_id", "title", "language", "category", "region",
-         "request_id")  # fmt: skip
+         "request_id", "model_version")  # fmt: skip
 LISTS: dict[str, Any] = {"embedding": pa.float32(), "tags": pa.utf8()}
 REQUIRED = ("sequence", "stream_id", "event_time_ms", "kind")
 COLUMNS = (*NUMBERS, *TEXTS, "kind", *LISTS)

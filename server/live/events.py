@@ -41,10 +41,20 @@ class StartedRow:
 
 @dataclass(frozen=True)
 class ImpressionRow:
-    """Attributes of one impression: the times of the reply that served it, Unix ms."""
+    """Attributes of one impression: who saw it, and what the reply that served it said (times in Unix ms).
+
+    position: 1-based place in the slate, 0 not known. propensity: that of exploration, 0 on its score.
+    applied_offset: of the table that ranked it, 0 not known.
+    """
 
     served_ms: int
     verify_by_ms: int
+    viewer_id: str = ""
+    request_id: str = ""
+    position: int = 0
+    propensity: float = 0.0
+    model_version: str = ""
+    applied_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,13 +171,19 @@ def _started(event: Any, settings: TableSettings) -> StartedRow:
 def _impression(event: Any) -> ImpressionRow:
     impression = event.impression
     _too_long("impression.request_id", impression.request_id, ID_BYTES)
+    _too_long("impression.model_version", impression.model_version, ID_BYTES)
     for name in ("served_ms", "verify_by_ms"):
         if not 0 < getattr(impression, name) < MAX_TIME_MS:
             raise Reject(
                 pb.VALUE_OUT_OF_RANGE,
                 f"impression.{name}: 1 to {MAX_TIME_MS - 1} allowed, got {getattr(impression, name)}",
             )
-    return ImpressionRow(impression.served_ms, impression.verify_by_ms)
+    if not 0.0 <= impression.propensity <= 1.0:  # also true for NaN
+        raise Reject(pb.VALUE_OUT_OF_RANGE, f"impression.propensity: 0 to 1 allowed, got {impression.propensity}")
+    return ImpressionRow(
+        impression.served_ms, impression.verify_by_ms, event.viewer_id, impression.request_id, impression.position,
+        impression.propensity, impression.model_version, impression.applied_offset,
+    )  # fmt: skip
 
 
 def _value(event: Any, kind: int, settings: TableSettings) -> float:

@@ -66,6 +66,21 @@ ONE_OF_EACH = [
     started("t", 13, epoch=2),
     event("t", 14, epoch=2, ended={"only_if_not_renewed_since_ms": T0}),
     event("t", 15, epoch=2, impression={"request_id": "r", "served_ms": T0, "verify_by_ms": T0 + 9, "position": 3}),
+    event(
+        "t",
+        16,
+        epoch=2,
+        viewer="v",
+        impression={
+            "request_id": "r",
+            "served_ms": T0,
+            "verify_by_ms": T0 + 9,
+            "position": 3,
+            "propensity": 0.125,
+            "model_version": "trendiness/1",
+            "applied_offset": (1 << 64) - 1,
+        },
+    ),
 ]
 ALL_BAD = [
     pb.Event(sequence=1, stream_id="s", event_time_ms=T0),
@@ -95,6 +110,9 @@ ALL_BAD = [
     event("s", 24, epoch=1, impression={"served_ms": 0, "verify_by_ms": 1}),
     event("s", 25, epoch=1, impression={"served_ms": 1, "verify_by_ms": MAX_TIME_MS}),
     event("s", 26, epoch=1, impression={"request_id": "r" * 65, "served_ms": 1, "verify_by_ms": 1}),
+    event("s", 27, epoch=1, impression={"model_version": "m" * 65, "served_ms": 1, "verify_by_ms": 1}),
+    event("s", 28, epoch=1, impression={"propensity": 1.5, "served_ms": 1, "verify_by_ms": 1}),
+    event("s", 29, epoch=1, impression={"propensity": float("nan"), "served_ms": 1, "verify_by_ms": 1}),
 ]
 
 
@@ -171,7 +189,7 @@ def any_event(draw: st.DrawFn) -> pb.Event:
         "amount_minor": st.one_of(st.integers(0, 5000), st.integers(-(1 << 63), (1 << 63) - 1)),
         "currency": st.sampled_from(["USD", "JPY", "", "XXX"]), "action": st.integers(0, 5),
         "age_rating": st.integers(0, 25), "media_sequence": NUMBERS,
-        "position": st.integers(0, 50),
+        "position": st.integers(0, 50), "propensity": st.floats(width=32), "applied_offset": NUMBERS,
         **dict.fromkeys(("only_if_not_renewed_since_ms", "served_ms", "verify_by_ms"), TIMES),
     }  # fmt: skip
     for field in part.DESCRIPTOR.fields:
