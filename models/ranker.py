@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 
 from models.trendiness import standardised
 from server.scoring.ranker_schema import CODE_BUCKETS, HEADS, SEQUENCE, SEQUENCE_META, RankerInputs
@@ -27,6 +27,8 @@ CREATOR_BUCKETS = 16_384
 """The contract's buckets are folded to so many: most are never seen, and each costs a row of weights."""
 POSITIONS = 50
 """Places beyond share the factor of this one."""
+PACE = 20.0
+"""Steps of the places' effect, in those of other weights: one number per place has far to go from chance."""
 EPSILON = 1e-6
 PADDED = 1e4
 """Taken from the attention score of padding; far below any real score."""
@@ -99,8 +101,7 @@ class Ranker(nn.Module):
         self.towers = nn.ModuleList(
             nn.Sequential(nn.Linear(shape.expert, shape.tower), nn.ReLU(), nn.Linear(shape.tower, 1)) for _ in TASKS
         )
-        # softplus of it is how far, in logs, a place falls behind the first one; about 0.05 before training.
-        self.unseen = nn.Parameter(torch.full((POSITIONS - 1,), -3.0))
+        self.unseen = nn.Parameter(torch.zeros(POSITIONS - 1))
 
     def log_examined(self) -> Tensor:
         """float32[POSITIONS + 1]: log of the chance that place p is looked at, of that of place 1; [0] is neutral.
@@ -108,7 +109,13 @@ class Ranker(nn.Module):
         Source: the examination hypothesis (Richardson et al., "Predicting clicks", 2007): an impression is clicked if
         it is looked at, which depends on the place alone, and then liked, which does not.
         """
-        return torch.cat([self.unseen.new_zeros(2), -softplus(self.unseen)])
+        return torch.cat([self.unseen.new_zeros(2), -softplus(PACE * self.unseen)])
+
+    @torch.no_grad()
+    def set_log_examined(self, values: NDArray[np.float64]) -> None:
+        """values: float64[POSITIONS], at most 0, of place 1, 2, …; the first one's is 0 whatever is given."""
+        fallen = torch.from_numpy(-values[1:]).clamp(min=1e-4)
+        self.unseen.copy_(torch.log(torch.expm1(fallen)) / PACE)
 
     def place(self, position: Tensor) -> Tensor:
         """float32[R, 1] → int64[R] into `log_examined`; -1 (neutral) and anything below 1 is 0."""
@@ -190,9 +197,11 @@ def task_loss(logits: Tensor, log_examined: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy float32[TASKS] of labels float32[b, TASKS] within [0, 1], mean over rows.
 
     Args:
-        logits: float32[b, TASKS], as if looked at. log_examined: float32[b, 1], of each row's place.
+        logits: float32[b, TASKS], as if looked at. log_examined: float32[b, 1], of each row's place; it is learned
+            by the first task, click, alone: the others are rare, and hardly any of them happens without a click.
     """
-    log_p = torch.nn.functional.logsigmoid(logits) + log_examined
+    others = log_examined.detach().expand(-1, len(TASKS) - 1)
+    log_p = logsigmoid(logits) + torch.cat([log_examined, others], dim=-1)
     log_not = torch.log1p(-torch.exp(log_p).clamp(max=1.0 - EPSILON))
     return -(labels * log_p + (1.0 - labels) * log_not).mean(0)
 
