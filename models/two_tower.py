@@ -1,0 +1,111 @@
+"""Two towers: viewers and streams as vectors of one space, whose inner product says who watches what.
+
+    viewer: embedding, recent streams and what came of them → vector
+    stream: embedding of its content, language, category, creator → vector
+
+Nothing a stream has done so far goes in, so a stream that begins this second has a vector as good as any. Both are
+of unit length and as wide as the table's embeddings: the server can search with them as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from models.ranker import CREATOR_BUCKETS, EPSILON, Embedded, unit
+from server.scoring.ranker_schema import CODE_BUCKETS, SEQUENCE_META
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Sizes. embedding_dim: D, of what goes in and of what comes out."""
+
+    embedding_dim: int
+    hidden: int = 64
+
+
+class StreamTower(nn.Module):
+    """stream_embedding float32[R, D], codes int64[R, 3] → float32[R, D] of unit length."""
+
+    def __init__(self, shape: TowerShape) -> None:
+        super().__init__()
+        self.codes = nn.ModuleList(
+            Embedded(n, w) for n, w in zip((*CODE_BUCKETS[:2], CREATOR_BUCKETS), (4, 8, 8), strict=True)
+        )
+        self.first = nn.Linear(shape.embedding_dim + 4 + 8 + 8, shape.hidden)
+        self.last = nn.Linear(shape.hidden, shape.embedding_dim)
+        self.straight = nn.Linear(shape.embedding_dim, shape.embedding_dim, bias=False)
+        as_it_is(self.straight)
+
+    def forward(self, stream_embedding: Tensor, codes: Tensor) -> Tensor:
+        content = unit(stream_embedding)
+        known = torch.cat([content, *(table(codes[:, i]) for i, table in enumerate(self.codes))], dim=-1)
+        return unit(self.straight(content) + self.last(torch.relu(self.first(known))))
+
+
+class ViewerTower(nn.Module):
+    """viewer_embedding float32[V, D], sequence_embedding float32[V, 20, D], sequence_meta float32[V, 20, 4]
+    → float32[V, D] of unit length. Recent streams are weighed by what came of them and how long ago.
+    """
+
+    def __init__(self, shape: TowerShape) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(len(SEQUENCE_META), 1)
+        self.first = nn.Linear(2 * shape.embedding_dim + 1, shape.hidden)
+        self.last = nn.Linear(shape.hidden, shape.embedding_dim)
+        self.straight = nn.Linear(shape.embedding_dim, shape.embedding_dim, bias=False)
+        self.recent = nn.Linear(shape.embedding_dim, shape.embedding_dim, bias=False)
+        as_it_is(self.straight)
+        as_it_is(self.recent)
+
+    def forward(self, viewer_embedding: Tensor, sequence_embedding: Tensor, sequence_meta: Tensor) -> Tensor:
+        taste = unit(viewer_embedding)
+        valid = sequence_meta[..., -1:]
+        # tanh: what was disliked pushes away.
+        weights = torch.tanh(self.weigh(sequence_meta)) * valid
+        history = (weights * sequence_embedding).sum(1) / (valid.sum(1) + 1.0)
+        known = torch.cat([taste, history, valid.amax(1)], dim=-1)
+        return unit(self.straight(taste) + self.recent(history) + self.last(torch.relu(self.first(known))))
+
+
+class TwoTower(nn.Module):
+    """Both towers and the temperature of their inner product."""
+
+    def __init__(self, shape: TowerShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.viewer = ViewerTower(shape)
+        self.stream = StreamTower(shape)
+        self.log_scale = nn.Parameter(torch.tensor(2.3))  # inner products are multiplied by about 10
+
+
+def sampled_softmax(
+    scores: Tensor, own: Tensor, log_rate: Tensor, candidate: Tensor, wanted: Tensor
+) -> Tensor:
+    """Cross-entropy of finding each viewer's stream among the batch's candidates; a number.
+
+    Candidates are drawn by how often they are watched (those of the other viewers of the batch) and at random; log_rate
+    takes the advantage of often drawn ones away (logQ correction: Yi et al., "Sampling-bias-corrected neural modeling",
+    2019; mixed negatives: Yang et al., "Mixed negative sampling", 2020).
+
+    Args:
+        scores: float32[b, c] of viewers and candidates; own: int64[b], the candidate that each viewer watched.
+        log_rate: float32[c], log of how often a candidate is expected in a batch. candidate: int64[c], its stream;
+            wanted: int64[b], each viewer's: the same stream elsewhere in the batch is no negative.
+    """
+    corrected = scores - log_rate
+    same = candidate.unsqueeze(0) == wanted.unsqueeze(1)
+    same[torch.arange(len(own), device=own.device), own] = False
+    return cross_entropy(corrected.masked_fill(same, -1e9), own)
+
+
+@torch.no_grad()
+def as_it_is(layer: nn.Linear) -> None:
+    """Lets a square layer begin by passing on what it gets: embeddings that come in are good ones already."""
+    layer.weight.copy_(torch.eye(layer.in_features))
+
+
+__all__ = ["EPSILON", "StreamTower", "TowerShape", "TwoTower", "ViewerTower", "sampled_softmax"]
