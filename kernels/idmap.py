@@ -96,6 +96,26 @@ def _lookup(
 
 
 @njit(cache=True, nogil=True)
+def _lookup_hashes(
+    buckets: NDArray[np.int32],
+    table_ids: NDArray[np.uint8],
+    table_lengths: NDArray[np.uint8],
+    hashes: NDArray[np.uint64],
+) -> NDArray[np.int32]:
+    mask = np.uint64(buckets.shape[0] - 1)
+    out = np.full(hashes.shape[0], _EMPTY, dtype=np.int32)
+    for i in range(hashes.shape[0]):
+        at = hashes[i] & mask
+        while hashes[i] != 0 and buckets[at] != _EMPTY:
+            slot = buckets[at]
+            if _hash_row(table_ids[slot], table_lengths[slot]) == hashes[i]:
+                out[i] = slot
+                break
+            at = (at + np.uint64(1)) & mask
+    return out
+
+
+@njit(cache=True, nogil=True)
 def _insert(
     buckets: NDArray[np.int32],
     table_ids: NDArray[np.uint8],
@@ -169,6 +189,10 @@ class IdMap:
         """Slots int32[n] of ids uint8[n, 64]; -1 where unknown. O(n) expected, no Python per id."""
         _check_ids(ids, lengths)
         return np.asarray(_lookup(self._buckets, self._ids, self._lengths, ids, lengths))
+
+    def lookup_hashes(self, hashes: NDArray[np.uint64]) -> NDArray[np.int32]:
+        """Slots int32[n] of ids given by `hash_ids` of them, uint64[n]; -1 where unknown, and for 0."""
+        return np.asarray(_lookup_hashes(self._buckets, self._ids, self._lengths, hashes))
 
     def insert(self, slot: int) -> None:
         """Adds ``slot``, whose id already stands in the table's columns and is not in the map."""

@@ -88,6 +88,18 @@ class KafkaSettings(_Section):
     options: dict[str, str] = Field(default={}, description="further librdkafka properties, such as security.protocol")
 
 
+class ViewerSettings(_Section):
+    """What is remembered of viewers; see docs/viewers.md."""
+
+    capacity: int = Field(
+        1_000_000, ge=0, le=50_000_000, description="viewers remembered; 0: none. Used ones cost memory"
+    )
+    sessions: int = Field(200_000, ge=1, le=8_000_000, description="visited sessions whose embedding is remembered")
+    exclude_reported: bool = Field(True, description="a viewer is not shown again what the viewer reported")
+    exclude_watched_ms: int = Field(0, ge=0, description="nor a session that was watched at least so long; 0: is shown")
+    exclude_within_ms: Milliseconds = Field(86_400_000, description="unless that was longer ago")
+
+
 class LogSettings(_Section):
     kind: Literal["sqlite", "kafka"] = "sqlite"
     path: Path = Field(
@@ -210,6 +222,7 @@ class Settings(BaseSettings):
     log: LogSettings = LogSettings()
     snapshot: SnapshotSettings = SnapshotSettings()
     scoring: ScoringSettings = ScoringSettings()
+    viewers: ViewerSettings = ViewerSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     rank: RankSettings = RankSettings()
     device: DeviceSettings = DeviceSettings()

@@ -485,7 +485,8 @@ class Engine:
         self._batch_s += 0.13 * (min(time.monotonic() - began_s, 0.1) - self._batch_s)
 
     def _batch_of(self, items: list[Waiting[RankQuery]]) -> QueryBatch:
-        return build_batch([query for item in items for query in item.rows], self.table, self.streams.book)
+        queries = [query for item in items for query in item.rows]
+        return build_batch(queries, self.table, self.streams.book, self.clock.now_ms())
 
     def _reply(self, items: list[Waiting[RankQuery]], slates: SlateBatch, state: ReplyState, began_s: float) -> None:
         replies = self._encode(slates, state, self.table, began_s)

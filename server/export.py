@@ -20,6 +20,7 @@ from server.live.table import LiveTable
 from server.log.snapshot import SnapshotFolder
 from server.log.sqlite import SqliteLog
 from server.recovery import History, SqliteHistory, newest_usable, starting_point
+from server.world import make_viewers
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ def _recovered(history: History, folder: SnapshotFolder, settings: Settings) -> 
     def skipped(path: Path, error: SnapshotError) -> None:
         logger.warning("not used: %s", error)
 
-    table = LiveTable(settings.table, np.zeros((settings.table.capacity, settings.table.embedding_dim), np.float32))
+    embedding = np.zeros((settings.table.capacity, settings.table.embedding_dim), np.float32)
+    table = LiveTable(settings.table, embedding, follower=make_viewers(settings))
     found = newest_usable(folder, skipped)
     offset = starting_point(history, found, settings)
     stamp_ms = at_ms = 0

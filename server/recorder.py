@@ -28,6 +28,7 @@ from server.retrieval.streams import StreamState
 from server.rules.bits import count_by_first_rule
 from server.scoring.refresh import RefreshResult
 from server.telemetry.metrics import Metrics
+from server.viewers.table import ViewerTable
 
 _CAUSES = ("lease_expired", "superseded", "reconciled")
 
@@ -48,6 +49,7 @@ class Recorder:
         self._dead_by = {cause: metrics.dead_impressions.labels(cause.value) for cause in Cause}
         self._waits = {p: metrics.queue_wait_seconds.labels(p.name.lower()) for p in Priority}
         self._shed = {(r, p): metrics.shed.labels(r.value, p.name.lower()) for r in ShedReason for p in Priority}
+        self._viewers_forgotten = 0
         self.events_applied = 0
         self.events_rejected = 0
 
@@ -139,6 +141,8 @@ class Recorder:
         tally = slates.tally
         m.served.inc(tally.shown)
         m.exploration_served.inc(tally.explored)
+        if seen := int(slates.batch.seen.sum()):
+            m.seen_excluded.inc(seen)
         for counts, children in ((tally.served, self._served_by), (tally.proposed, self._proposed_by)):
             for count, child in zip(counts, children, strict=True):
                 child.inc(int(count))
@@ -190,6 +194,10 @@ class Recorder:
         for state, count in zip(("live", "suspect", "ended"), table.count_states(), strict=True):
             m.streams.labels(state).set(count)
         m.queue_rows.set(queue_rows)
+        if isinstance(viewers := table.follower, ViewerTable):
+            m.viewers.set(len(viewers))
+            m.viewers_forgotten.inc(viewers.forgotten - self._viewers_forgotten)
+            self._viewers_forgotten = viewers.forgotten
         live = table.columns.state[: table.rows] == fence.LIVE
         for rule, count in count_by_first_rule(streams.book, streams.rule_bits[: table.rows][live]).items():
             m.excluded_by_rule.labels(rule).set(count)

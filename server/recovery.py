@@ -119,7 +119,13 @@ def recover(
         raise ConfigError(f"snapshot.path: {folder.folder} cannot be used: {error}") from error
     offset = starting_point(history, found, engine.settings)
     if found is not None:
-        live_state.restore(engine.table, found.state)
+        try:
+            live_state.restore(engine.table, found.state)
+        except ValueError as error:
+            raise ConfigError(
+                f"snapshot.path: what the newest one knows of viewers cannot be taken over: {error}. Raise "
+                "viewers.capacity or viewers.sessions, or start once with viewers.capacity = 0 to drop it"
+            ) from error
         engine.ends.restore(found.manifest.ends_newest, found.ends)
         engine.restored(offset, found.manifest.stamp_ms, found.manifest.table_ms, found.manifest.record_crc, found.ends)
         if found.manifest.feature_schema != engine.features.schema:

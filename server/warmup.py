@@ -54,7 +54,10 @@ def warm_up(engine: Engine, backend: Backend = CPU) -> None:
 def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, backend: Backend = CPU) -> None:
     """Takes a private table of a few streams through events, tick, ranking, explanation and encoding."""
     sizes = {"capacity": 2 * STREAMS, "max_events_per_batch": 2 * STREAMS}
-    small = settings.model_copy(update={"table": settings.table.model_copy(update=sizes)})
+    viewers = settings.viewers.model_copy(
+        update={"capacity": min(settings.viewers.capacity, 8), "sessions": 2 * STREAMS}
+    )
+    small = settings.model_copy(update={"table": settings.table.model_copy(update=sizes), "viewers": viewers})
     now_ms = 1_700_000_000_000
     clock = ManualClock(now_ms)
     name = resolve_engine(settings.retrieval.engine, backend)
@@ -100,7 +103,7 @@ def _queries(settings: Settings, n: int) -> list[RankQuery]:
     return [
         RankQuery(
             request_id=f"r{i}",
-            viewer_id="",
+            viewer_id="v",
             embedding=None if i % 3 == 2 else np.full(dim, dim**-0.5, np.float32),
             surface="default",
             limit=10,

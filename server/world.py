@@ -14,6 +14,7 @@ from server.ranking.pipeline import Pipeline
 from server.retrieval.base import SearchEngine
 from server.retrieval.streams import StreamState
 from server.rules.rulebook import RuleBook
+from server.viewers.table import ViewerTable
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,15 @@ def build_world(
         on_host: told why, and for how many requests, the GPU's pipeline ranked on the host.
     """
     if search.name != "exact_gpu":
-        table = LiveTable(settings.table, search.embeddings, search.write_rows)
+        table = LiveTable(settings.table, search.embeddings, search.write_rows, follower=make_viewers(settings))
         streams = StreamState(table, features, book)
         return World(table, streams, search, Pipeline(settings, clock, table, streams, search))
     return _on_device(settings, clock, features, book, backend, search, on_host)
+
+
+def make_viewers(settings: Settings) -> ViewerTable | None:
+    """The table of viewers for these settings; None when none are remembered."""
+    return ViewerTable(settings.viewers, settings.table.embedding_dim) if settings.viewers.capacity else None
 
 
 def _on_device(
@@ -67,8 +73,9 @@ def _on_device(
     assert isinstance(search, ExactGpuSearch)
     device = DeviceTable(backend, settings.table.capacity)
     table = LiveTable(
-        settings.table, search.embeddings, search.write_rows, lambda columns: DeviceQueue(device, columns)
-    )
+        settings.table, search.embeddings, search.write_rows, lambda columns: DeviceQueue(device, columns),
+        make_viewers(settings),
+    )  # fmt: skip
     queue = table.accumulators
     assert isinstance(queue, DeviceQueue)
     streams = DeviceStreamState(table, features, book, queue)

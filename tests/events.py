@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from liverank.v1 import ingest_pb2 as pb
 
-from server.config import TableSettings
+from server.config import TableSettings, ViewerSettings
 from server.live.events import DecodedBatch, decode_batch
 from server.live.table import Applied, LiveTable
+from server.viewers.table import ViewerTable
 
 T0 = 1_700_000_000_000
 """A round moment, Unix ms."""
@@ -47,9 +48,10 @@ def small_settings(**changes: Any) -> TableSettings:
     return TableSettings(**{**defaults, **changes})
 
 
-def new_table(settings: TableSettings) -> LiveTable:
-    """An empty table with its own embedding matrix."""
-    return LiveTable(settings, np.zeros((settings.capacity, settings.embedding_dim), np.float32))
+def new_table(settings: TableSettings, viewers: ViewerSettings | None = None) -> LiveTable:
+    """An empty table with its own embedding matrix, and with ``viewers`` a table of viewers that follows it."""
+    follower = None if viewers is None else ViewerTable(viewers, settings.embedding_dim)
+    return LiveTable(settings, np.zeros((settings.capacity, settings.embedding_dim), np.float32), follower=follower)
 
 
 def apply(table: LiveTable, *events: pb.Event, at_ms: int = T0, producer: str = "p") -> Applied:

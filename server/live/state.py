@@ -7,7 +7,8 @@ before, on another thread, because first use of memory costs many times the copy
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+import logging
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,16 @@ from kernels.idmap import ID_BYTES
 from server.live.columns import SESSION, SKETCH_REGISTERS, Columns
 from server.live.table import LiveTable
 
-COLUMNS = tuple(f.name for f in fields(Columns))
+COLUMNS = tuple(column.name for column in fields(Columns))
 INTERNERS = ("creators", "languages", "categories", "regions")
 LAYOUT = hashlib.sha256(
     repr((COLUMNS, COUNTERS, HALF_LIVES_MS, SKETCH_REGISTERS, ID_BYTES, WINDOW)).encode()
 ).hexdigest()[:16]
 """Changes whenever state written by one version cannot be read by another."""
+
+
+logger = logging.getLogger(__name__)
+_TOLD = {False: ("nothing", "begins to remember them"), True: ("what it knew", "remembers none")}
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class TableState:
     producer_used_ms: NDArray[np.int64]
     highest: NDArray[np.uint64]
     window_bits: NDArray[np.uint64]
+    followed: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
+    """What the table's follower keeps, by table and column; empty without one."""
 
     @property
     def rows(self) -> int:
@@ -95,6 +102,9 @@ class StateBuffer:
             self._hold(name, getattr(table.columns, name), rows)
         producers = min(len(table._highest), table.settings.max_producers)
         self._hold("window_bits", table._window_bits, producers)
+        for name, columns in _followed(table).items():
+            for column, held in columns.items():
+                self._hold(f"{name}.{column}", held, len(held) + len(held) // 8 + 1024)
 
     def _hold(self, name: str, like: Any, rows: int) -> None:
         held = self._memory.get(name)
@@ -122,7 +132,15 @@ class StateBuffer:
             producer_used_ms=np.array(table._producer_used_ms, np.int64),
             highest=table._highest[: len(producers)].copy(),
             window_bits=self._taken("window_bits", table._window_bits, len(producers)),
+            followed={
+                name: {column: self._taken(f"{name}.{column}", held, len(held)) for column, held in columns.items()}
+                for name, columns in _followed(table).items()
+            },
         )
+
+
+def _followed(table: LiveTable) -> dict[str, dict[str, NDArray[Any]]]:
+    return {} if table.follower is None else table.follower.columns()
 
 
 def problem_of(state: TableState, rows: int, dim: int) -> str:
@@ -179,12 +197,19 @@ def _producer_problem(state: TableState) -> str:
 def restore(table: LiveTable, state: TableState) -> None:
     """Puts a state into a table that nothing was applied to. The caller checked that it fits.
 
+    A follower of a state without one begins empty, and the other way round what there is of it is dropped: logged.
+
     Raises:
-        ValueError: the table was used before, is too small, or has another embedding_dim.
+        ValueError: the table was used before, is too small, or has another embedding_dim; the follower cannot take
+        what is its own.
     """
     rows, dim = state.rows, table.settings.embedding_dim
     if table.rows or rows > table.settings.capacity or state.embedding_dim != dim:
         raise ValueError(f"state of {rows} rows x {state.embedding_dim} does not fit this table")
+    if table.follower is not None and state.followed:
+        table.follower.restore(state.followed)
+    elif table.follower is not None or state.followed:
+        logger.info("the snapshot has %s about viewers, this server %s", *_TOLD[bool(state.followed)])
     for name in COLUMNS:
         if name == "embedding":
             every = np.arange(rows, dtype=np.int32)

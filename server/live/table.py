@@ -11,6 +11,7 @@ import hashlib
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,27 @@ class Expired:
     ends: list[End]
 
 
+class Follower(Protocol):
+    """Other state that follows from the same events; applied with them, kept in snapshots with them."""
+
+    def applied(
+        self, table: LiveTable, events: EventColumns, slots: NDArray[np.int32], current: NDArray[np.bool_]
+    ) -> None:
+        """A batch of n events was applied to ``table``.
+
+        slots int32[n]: rows of the events' streams. current bool[n]: applied, and of the row's session as it is now.
+        """
+        ...
+
+    def columns(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """Its state: used rows of columns, by table and name; views."""
+        ...
+
+    def restore(self, columns: dict[str, dict[str, NDArray[Any]]]) -> None:
+        """Takes over what `columns` gave. Raises ValueError when it does not fit; nothing is then taken over."""
+        ...
+
+
 RowWriter = Callable[[NDArray[np.int32], NDArray[np.float32]], None]
 
 # Which counters a kind of event adds to: its value to the first, 1 to the second.
@@ -88,6 +110,7 @@ class LiveTable:
         write_rows: the engine's way to write it, (slots int32[n], rows float32[n, D]): a written row is visible to
             the next search. None: no engine has a say, rows are written into ``embedding``.
         accumulators: makes what keeps the session columns, given the table's; None: the table's own columns do.
+        follower: what else is kept of the events, such as `server.viewers.table.ViewerTable`; None: nothing.
     """
 
     def __init__(
@@ -96,12 +119,13 @@ class LiveTable:
         embedding: NDArray[np.float32],
         write_rows: RowWriter | None = None,
         accumulators: Callable[[Columns], Accumulators] | None = None,
+        follower: Follower | None = None,
     ) -> None:
         if embedding.shape != (settings.capacity, settings.embedding_dim):
             raise ValueError(
                 f"embedding: [{settings.capacity}, {settings.embedding_dim}] wanted, got {list(embedding.shape)}"
             )
-        self.settings = settings
+        self.settings, self.follower = settings, follower
         self.columns = Columns.allocate(settings.capacity, embedding, with_sessions=accumulators is None)
         self.accumulators = (accumulators or HostAccumulators)(self.columns)
         self.write_embeddings: RowWriter = write_rows or embedding.__setitem__
@@ -264,6 +288,8 @@ class LiveTable:
         columns = self.columns
         current = ok & (events.kind != fence.IMPRESSION)  # what clients saw is no activity of the stream
         current[ok] &= (events.epoch[ok] == 0) | (events.epoch[ok] == columns.epoch[slots[ok]])
+        if self.follower is not None:
+            self.follower.applied(self, events, slots, current)
         if not current.any():
             return
         at, kind = slots[current], events.kind[current]

@@ -1,8 +1,8 @@
 """Snapshots as files: the state of the table at one offset of the log.
 
-One file: a 64-byte head, Arrow IPC streams one after another (rows, names, producers, ends), and a checksum of all
-before it. The first stream's schema carries the `Manifest` as JSON. A file has its final name only when all of it
-is on disk, so a half-written one is never taken for a snapshot.
+One file: a 64-byte head, Arrow IPC streams one after another (rows, names, producers, ends, and one for each table of
+the follower), and a checksum of all before it. The first stream's schema carries the `Manifest` as JSON. A file has
+its final name only when all of it is on disk, so a half-written one is never taken for a snapshot.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ DIGEST_BYTES = 16
 CHUNK_ROWS = 8_192
 """Rows turned into Arrow at once: a longer step would hold the interpreter's lock for longer."""
 SUFFIX = ".snapshot"
+FOLLOWER = b"liverank.follower"
+"""Key in the schema of a follower's stream; its value is the name of the table."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ def _write(file: IO[bytes], contents: Contents) -> None:
     _stream(sink, _string_batches(names, ("interner", "name")))
     _stream(sink, iter([_producer_batch(state)]))
     _stream(sink, _end_batches(contents.ends))
+    for name, columns in state.followed.items():
+        _stream(sink, _follower_batches(columns), {FOLLOWER: name.encode()})
     file.write(sink.digest.digest())
 
 
@@ -227,6 +231,11 @@ def _producer_batch(state: TableState) -> pa.RecordBatch:
     )
 
 
+def _follower_batches(columns: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    for chunk in _chunks(len(next(iter(columns.values())))):
+        yield pa.RecordBatch.from_pydict({name: _array(column[chunk]) for name, column in columns.items()})
+
+
 def _end_batches(ends: list[End]) -> Iterator[pa.RecordBatch]:
     for chunk in _chunks(len(ends)):
         part = ends[chunk]
@@ -261,7 +270,7 @@ def read(path: Path) -> Contents:
             parts = [rows.read_all(), *(pa.ipc.open_stream(source).read_all() for _ in range(3))]
             for part in parts:
                 part.validate(full=True)  # a checksum says that these are the bytes that were written, not by whom
-            contents = _contents(manifest, *parts)
+            contents = _contents(manifest, *parts, followed=_read_followed(source))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             told = str(error).partition("\n")[0]
             raise SnapshotError(f"{path}: cannot read: {type(error).__name__}: {told}") from error
@@ -270,7 +279,19 @@ def read(path: Path) -> Contents:
     return contents
 
 
-def _contents(manifest: Manifest, table: Any, names: Any, producers: Any, ends: Any) -> Contents:
+def _read_followed(source: pa.BufferReader) -> dict[str, dict[str, Any]]:
+    """What is behind the four streams that every snapshot has: older ones have nothing there."""
+    found: dict[str, dict[str, Any]] = {}
+    while source.tell() < source.size():
+        part = pa.ipc.open_stream(source).read_all()
+        part.validate(full=True)
+        found[part.schema.metadata[FOLLOWER].decode()] = {name: _numpy(part[name]) for name in part.column_names}
+    return found
+
+
+def _contents(
+    manifest: Manifest, table: Any, names: Any, producers: Any, ends: Any, *, followed: dict[str, dict[str, Any]]
+) -> Contents:
     by_kind: dict[str, list[str]] = {kind: [] for kind in INTERNERS}
     for kind, name in zip(names["interner"].to_pylist(), names["name"].to_pylist(), strict=True):
         by_kind[kind].append(name)
@@ -285,6 +306,7 @@ def _contents(manifest: Manifest, table: Any, names: Any, producers: Any, ends: 
         producer_used_ms=_numpy(producers["used_ms"]),
         highest=_numpy(producers["highest"]),
         window_bits=_numpy(producers["window"]),
+        followed=followed,
     )
     columns = (ends[name].to_pylist() for name in ("stream_id", "epoch", "ended_ms", "reason"))
     return Contents(manifest, state, [End(*row) for row in zip(*columns, strict=True)])

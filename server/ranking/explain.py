@@ -76,8 +76,11 @@ def explain(
     slot = int(table.map.lookup(*pack_ids([stream_id.encode()]))[0])
     if slot < 0:
         return None
-    batch = build_batch([query], table, streams.book)
+    batch = build_batch([query], table, streams.book, pipeline.snapshot.now_ms)
     slates = pipeline.trace(batch)
+    broken = {"excluded"} if stream_id in query.exclude_stream_ids else set()
+    if slot in batch.excluded[len(batch.excluded) - batch.seen[0] :]:
+        broken.add("seen")
     assert slates.candidates is not None
     now_ms, columns, at = slates.as_of_ms, table.columns, np.array([slot], np.int32)
     candidates = slates.candidates
@@ -85,7 +88,7 @@ def explain(
     column = int(place[0]) if len(place) else -1
     in_slate = np.flatnonzero(slates.slots[0, : slates.counts[0]] == slot)
     bits = int(candidates.sources[0, column]) if column >= 0 else 0
-    rules = _rules(table, streams, pipeline, slates, slot, stream_id in query.exclude_stream_ids)
+    rules = _rules(table, streams, pipeline, slates, slot, broken)
     scores = {"trend": (float(streams.trend[slot]), score_age_ms)}
     if column >= 0:
         scores["similarity"] = (float(candidates.similarity[0, column]), 0)
@@ -107,9 +110,9 @@ def explain(
 
 
 def _rules(
-    table: LiveTable, streams: StreamState, pipeline: Pipeline, slates: SlateBatch, slot: int, excluded: bool
+    table: LiveTable, streams: StreamState, pipeline: Pipeline, slates: SlateBatch, slot: int, broken: set[str]
 ) -> list[RuleVerdict]:
-    """Every rule with its verdict: built-in, from the file, per request."""
+    """Every rule with its verdict: built-in, from the file, per request; ``broken``: of these, those known already."""
     at = np.array([slot], np.int32)
     bits = int(streams.rule_bits[slot] | built_in(table.columns, at, slates.as_of_ms)[0])
     verdicts = []
@@ -119,7 +122,6 @@ def _rules(
         excludes = rule is None or rule.exclude
         verdicts.append(RuleVerdict(name, on and excludes, rule.boost if rule is not None and on else 0.0))
     filters = pipeline.snapshot.filter_columns(slates.batch.filters)
-    broken = {"excluded"} if excluded else set()
     # The one row, live and free of rules, so that only the request's filters can speak.
     columns = streams.row_columns()
     row = RowColumns(

@@ -11,6 +11,7 @@ from kernels.blend import BlendWeights
 from kernels.idmap import hash_ids, pack_ids
 from server.live.table import LiveTable
 from server.rules.rulebook import RuleBook, Surface
+from server.viewers.table import ViewerTable
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class QueryBatch:
     queries float32[B, D] (unit length, zero without embedding), has_embedding bool[B],
     limits int32[B], filter_of int32[B] (index into ``filters``), excluded int32[X] slots and
     followed int32[Y] interned creators, ragged by int64[B + 1] offsets, seeds uint64[B],
+    viewer_hash uint64[B] (0: anonymous), seen int32[B]: how many of a request's excluded slots, the last ones, are
+    there because of what the viewer did (`ViewerTable.seen`) and not because the request says so,
     slate policy: explore_slots, creator_caps, category_caps int32[B], diversity float32[B].
     """
 
@@ -64,6 +67,8 @@ class QueryBatch:
     followed: NDArray[np.int32]
     followed_offsets: NDArray[np.int64]
     seeds: NDArray[np.uint64]
+    viewer_hash: NDArray[np.uint64]
+    seen: NDArray[np.int32]
     weights: BlendWeights
     explore_slots: NDArray[np.int32]
     creator_caps: NDArray[np.int32]
@@ -77,8 +82,11 @@ class QueryBatch:
 NO_CAP = np.iinfo(np.int32).max
 
 
-def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook) -> QueryBatch:
-    """Turns requests into columns: looks names up in the table's interners, applies the surface."""
+def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook, now_ms: int = 0) -> QueryBatch:
+    """Turns requests into columns: looks names up in the table's interners, applies the surface.
+
+    now_ms: decides what a viewer saw too long ago to matter; 0: nothing is.
+    """
     b = len(requests)
     # A surface may have gone with a reload of the rules since the request was checked.
     surfaces = [book.surfaces.get(r.surface, book.surfaces["default"]) for r in requests]
@@ -92,7 +100,12 @@ def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook) -> 
     ]
     numbers: dict[FilterKey, int] = {}
     filter_of = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
-    excluded = [x.encode() for r in requests for x in r.exclude_stream_ids]
+    asked = [x.encode() for r in requests for x in r.exclude_stream_ids]
+    viewer_hash = hash_ids(*pack_ids([r.viewer_id.encode() for r in requests]))
+    excluded, excluded_offsets, seen = _with_seen(
+        table.map.lookup(*pack_ids(asked)), _offsets([len(r.exclude_stream_ids) for r in requests]),
+        table, viewer_hash, now_ms,
+    )  # fmt: skip
     followed = [table.creators.find(r.followed_creator_ids) for r in requests]
     seeds = hash_ids(*pack_ids([(r.request_id or r.viewer_id).encode() for r in requests]))
     limits = np.array([r.limit for r in requests], np.int32)
@@ -104,11 +117,13 @@ def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook) -> 
         limits=limits,
         filters=list(numbers),
         filter_of=filter_of,
-        excluded=table.map.lookup(*pack_ids(excluded)),
-        excluded_offsets=_offsets([len(r.exclude_stream_ids) for r in requests]),
+        excluded=excluded,
+        excluded_offsets=excluded_offsets,
         followed=np.concatenate(followed) if followed else np.zeros(0, np.int32),
         followed_offsets=_offsets([len(f) for f in followed]),
         seeds=seeds,
+        viewer_hash=viewer_hash,
+        seen=seen,
         weights=BlendWeights(*(column[name] for name in _WEIGHTS)),
         explore_slots=_explore_slots(surfaces, limits, seeds),
         creator_caps=np.array([s.creator_cap or NO_CAP for s in surfaces], np.int32),
@@ -126,6 +141,24 @@ def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook) -> 
 
 
 _WEIGHTS = ("trend_weight", "similarity_weight", "followed_bonus", "fresh_bonus", "cold_start_trend", "boost_weight")
+
+
+def _with_seen(
+    asked: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    table: LiveTable,
+    viewer_hash: NDArray[np.uint64],
+    now_ms: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
+    """What is excluded: what requests ask for, then what their viewers saw; its offsets; how many of the latter."""
+    viewers, none = table.follower, np.zeros(len(viewer_hash), np.int32)
+    if not isinstance(viewers, ViewerTable):
+        return asked, offsets, none
+    seen, seen_offsets = viewers.seen(table, viewer_hash, now_ms)
+    if not len(seen):
+        return asked, offsets, none
+    places = np.repeat(offsets[1:], np.diff(seen_offsets))
+    return np.insert(asked, places, seen), offsets + seen_offsets, np.diff(seen_offsets).astype(np.int32)
 
 
 def _explore_slots(surfaces: list[Surface], limits: NDArray[np.int32], seeds: NDArray[np.uint64]) -> NDArray[np.int32]:

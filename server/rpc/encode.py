@@ -46,7 +46,10 @@ def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, star
                 verify_us=times.verify_us,
                 batch_rows=len(slates.batch),
             ),
-            notices=("limit_clamped",) if request.limit_clamped else (),
+            notices=[
+                *(("limit_clamped",) if request.limit_clamped else ()),
+                *(("seen_excluded",) if slates.batch.seen[b] else ()),
+            ],
         ).SerializeToString()
         replies.append(own + common + streams[b])
     return replies

@@ -17,7 +17,7 @@ from server.errors import ConfigError
 BUILT_IN = ("ended", "stale", "blocked", "spam_marked", "unassessed")
 """Bits 0.. of the rule bits; set from the table, not from the file. All exclude."""
 assert len(BUILT_IN) == N_BUILT_IN  # what the GPU's kernel leaves room for
-PER_REQUEST = ("region", "age_rating", "language", "category", "excluded")
+PER_REQUEST = ("region", "age_rating", "language", "category", "excluded", "seen")
 """Rules that depend on who asks; they have no bit."""
 MAX_RULES = 32 - len(BUILT_IN)
 

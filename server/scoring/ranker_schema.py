@@ -37,19 +37,24 @@ NEUTRAL_POSITION = -1.0
 """``position`` when serving: no place in a slate yet. In training: the 1-based place of the impression."""
 
 
+BOUNCE_MS = 10_000
+
+
 class Outcome(IntFlag):
     """What came of a viewer's visit to a stream, as bits."""
 
-    CLICKED = 1  # came in, or did something there
+    CLICKED = 1  # came in
     WATCHED = 2  # at least WATCHED_MS
-    PURCHASED = 4  # bought, or bid
-    REPORTED = 8
-    NEGATIVE = 16  # left within seconds
+    ENGAGED = 4  # chatted, liked, followed, shared, bid or bought
+    PURCHASED = 8  # bought
+    REPORTED = 16
+    NEGATIVE = 32  # came in and left again within `BOUNCE_MS`, without doing anything
 
 
 OUTCOME_VALUES = {
     Outcome.CLICKED: 0.1,
     Outcome.WATCHED: 0.4,
+    Outcome.ENGAGED: 0.5,
     Outcome.PURCHASED: 1.0,
     Outcome.REPORTED: -2.0,
     Outcome.NEGATIVE: -0.5,
@@ -78,7 +83,7 @@ RANKER_SCHEMA = hashlib.sha256(
     repr(
         (
             [(name, np.dtype(kind).name, shape) for name, (kind, shape) in INPUTS.items()],
-            SEQUENCE_META, CODES, CODE_BUCKETS, HEADS, WATCHED_MS, NEUTRAL_POSITION,
+            SEQUENCE_META, CODES, CODE_BUCKETS, HEADS, WATCHED_MS, BOUNCE_MS, NEUTRAL_POSITION,
             [(int(bit), value) for bit, value in OUTCOME_VALUES.items()],
         )
     ).encode()

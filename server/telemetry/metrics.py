@@ -116,6 +116,15 @@ class Metrics:
             registry=r,
         )
         self.served = Counter("liverank_served_total", "Streams served", registry=r)
+        self.seen_excluded = Counter(
+            "liverank_seen_excluded_total",
+            "Live streams kept from a request because its viewer reported or watched them, candidates or not",
+            registry=r,
+        )
+        self.viewers = Gauge("liverank_viewers", "Viewers that are remembered", registry=r)
+        self.viewers_forgotten = Counter(
+            "liverank_viewers_forgotten_total", "Viewers that gave way to others: the table is full", registry=r
+        )
         self.excluded_by_rule = Gauge(
             "liverank_streams_excluded",
             "Streams kept out now, by first rule that excludes them",

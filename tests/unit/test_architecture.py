@@ -27,10 +27,11 @@ ALLOWED: dict[str, set[str]] = {
     "server.live": {"kernels", *LEAVES},
     "server.log": {"server.live", *LEAVES},
     "server.scoring": {"kernels", *LEAVES},
+    "server.viewers": {"kernels", "server.live", "server.scoring.ranker_schema", *LEAVES},
     "server.batching": set(),
     "server.admission": {"server.batching", *LEAVES},
     "server.rules": {"kernels", "server.live", *LEAVES},
-    "server.retrieval": {"kernels", "server.live", "server.rules", *LEAVES},
+    "server.retrieval": {"kernels", "server.live", "server.rules", "server.viewers", *LEAVES},
     "server.ranking": {"kernels", "server.live", "server.rules", "server.retrieval", "server.scoring", *LEAVES},
 }
 

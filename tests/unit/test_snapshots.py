@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 from liverank.v1 import ingest_pb2 as pb
 
+from server.config import ViewerSettings
 from server.errors import SnapshotError
 from server.live.columns import Columns
 from server.live.events import decode_batch
@@ -20,11 +21,15 @@ from server.live.table import End, LiveTable
 from server.log import snapshot
 from server.log.base import Record
 from server.log.snapshot import Contents, SnapshotFolder, manifest_of
+from server.viewers.table import ViewerTable
 from tests.events import T0, apply, event, new_table, small_settings, started
 
 SETTINGS = small_settings(
     capacity=40, tombstone_ms=4_000, max_lateness_ms=3_000, grace_ms=1_500, lease_ms=2_000, max_producers=5
 )
+
+VIEWERS = ViewerSettings(capacity=3, sessions=8)
+"""So small that viewers and sessions give way to others all the time."""
 
 
 def everything(table: LiveTable) -> dict[str, Any]:
@@ -42,7 +47,21 @@ def everything(table: LiveTable) -> dict[str, Any]:
         "map": table.map.lookup(table.columns.ids[: table.rows], table.columns.id_lengths[: table.rows])[
             table.columns.id_lengths[: table.rows] > 0
         ].tolist(),
+        "viewers": viewers_of(table),
     }  # fmt: skip
+
+
+def viewers_of(table: LiveTable) -> dict[str, Any]:
+    """All that is known of viewers, and what follows from it."""
+    viewers = table.follower
+    assert isinstance(viewers, ViewerTable)
+    columns = {
+        f"{name}.{column}": held.tobytes() for name, part in viewers.columns().items() for column, held in part.items()
+    }
+    every = viewers.viewers.key[: len(viewers)].copy()
+    found = viewers.histories(every, T0 + 100_000)
+    ends = (viewers.viewers.ends.tolist(), viewers.sessions.ends.tolist())
+    return {**columns, "ends": ends, "embedding": found.embedding.tobytes(), "meta": found.meta.tobytes()}
 
 
 def manifest(table: LiveTable, ends: list[End], **changes: Any) -> Contents:
@@ -57,7 +76,7 @@ def manifest(table: LiveTable, ends: list[End], **changes: Any) -> Contents:
 def copied(table: LiveTable, folder: Path) -> LiveTable:
     """A new table, restored from a snapshot file of ``table``."""
     path = SnapshotFolder(folder).write(manifest(table, []))
-    again = new_table(table.settings)
+    again = new_table(table.settings, VIEWERS)
     restore(again, snapshot.read(path).state)
     return again
 
@@ -66,6 +85,7 @@ STREAM = strategies.integers(0, 25)
 CASES: dict[str, dict[str, Any]] = {
     "started": {}, "heartbeat": {}, "ended": {"reason": "over"}, "viewer_count": {"count": 9}, "chatted": {"count": 2},
     "liked": {}, "moderated": {"action": 1}, "bid": {"amount_minor": 700, "currency": "USD"},
+    "joined": {}, "left": {}, "watched": {"seconds": 12.5}, "reported": {"reason": "r"},
 }  # fmt: skip
 ACTION = strategies.tuples(
     strategies.sampled_from(["started", "started", "started", *sorted(CASES)]),
@@ -111,7 +131,7 @@ def test_snapshot_at_any_point_then_the_rest_equals_the_whole_log(
 ) -> None:
     records = list(records_of(history))
     cut = data.draw(strategies.integers(0, len(records)), "snapshot after")
-    whole, live = new_table(SETTINGS), new_table(SETTINGS)
+    whole, live = new_table(SETTINGS, VIEWERS), new_table(SETTINGS, VIEWERS)
     ends: list[End] = []
     for record in records:
         ends += step(whole, record)
