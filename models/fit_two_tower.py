@@ -76,7 +76,8 @@ class TwoTowerObjective(Objective):
         # One row for each stream there is, clicked or not: what random negatives are drawn from.
         self._streams, self._first_row = np.unique(learned.stream, return_index=True)
         self._all = learned
-        counts = np.bincount(self._learned.stream, minlength=int(learned.stream.max()) + 1)
+        n_streams = 1 + int(max(learned.stream.max(), self._held_out.stream.max()))
+        counts = np.bincount(self._learned.stream, minlength=n_streams)
         self._share = counts / counts.sum()
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class TwoTowerObjective(Objective):
         )[given["viewer_of"]]  # fmt: skip
         candidate = np.concatenate([part.stream[rows], self._streams[drawn]])
         # Expected number of times in a batch, by either way.
-        rate = len(rows) * self._share[np.minimum(candidate, len(self._share) - 1)] + len(drawn) / len(self._streams)
+        rate = len(rows) * self._share[candidate] + len(drawn) / len(self._streams)
         return sampled_softmax(
             torch.exp(self.model.log_scale) * viewers @ streams.T,
             torch.arange(len(rows), device=device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -159,6 +159,27 @@ def impressions_of(
         reported=table["reported"],
         watch_s=table["watch_s"],
         value=table["purchase_value"],
+    )
+
+
+def concatenate_impressions(parts: Sequence[Impressions]) -> Impressions:
+    """All rows, part after part; streams, creators, viewers and askings of different parts stay different."""
+
+    def joined(column: str, counted: Callable[[Impressions], int]) -> NDArray[np.int64]:
+        shifts = np.cumsum([0, *(counted(p) for p in parts[:-1])])
+        columns = [getattr(p, column) for p in parts]
+        return np.concatenate([np.where(c < 0, c, c + shift) for c, shift in zip(columns, shifts, strict=True)])
+
+    viewers = np.cumsum([0, *(int(p.askings.viewer.max(initial=-1)) + 1 for p in parts[:-1])])
+    askings = {f.name: np.concatenate([getattr(p.askings, f.name) for p in parts]) for f in fields(Askings)}
+    askings["viewer"] = np.concatenate([p.askings.viewer + shift for p, shift in zip(parts, viewers, strict=True)])
+    plain = {f.name for f in fields(Impressions)} - {"askings", "stream", "creator", "asking"}
+    return Impressions(
+        askings=Askings(**askings),
+        stream=joined("stream", lambda p: int(p.stream.max(initial=-1)) + 1),
+        creator=joined("creator", lambda p: int(p.creator.max(initial=-1)) + 1),
+        asking=joined("asking", lambda p: len(p.askings)),
+        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in plain},
     )
 
 
