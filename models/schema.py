@@ -94,11 +94,12 @@ class RowWriter:
         self.schema = arrow_schema(kind, len(features), dim, viewers)
         self.extra: dict[str, str] = {}
         self.rows = 0
-        self._path, self._beside = path, path.with_name(f".{path.name}.part")
+        self.path, self._beside = path, path.with_name(f".{path.name}.part")
+        self.schema_hash = schema_hash(self.schema, features.schema, kind)
         self._metadata = {
             "liverank.rows": kind, "liverank.format": FORMAT, "liverank.feature_schema": features.schema,
             "liverank.features": json.dumps(features.names), "liverank.labels": json.dumps(labels.definition(kind)),
-            "liverank.schema_hash": schema_hash(self.schema, features.schema, kind),
+            "liverank.schema_hash": self.schema_hash,
         }  # fmt: skip
         self._data = hashlib.sha256()
         self._waiting: list[Any] = []
@@ -108,7 +109,7 @@ class RowWriter:
         try:
             self._parquet = pq.ParquetWriter(self._beside, self.schema, compression="zstd")
         except OSError as error:
-            raise ConfigError(f"{self._path} cannot be written: {error.strerror or error}") from error
+            raise ConfigError(f"{self.path} cannot be written: {error.strerror or error}") from error
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -117,7 +118,7 @@ class RowWriter:
             self._parquet.add_key_value_metadata({**self._metadata, **self.extra, "liverank.data_hash": self.data_hash})
         self._parquet.close()
         if kind is None:
-            self._beside.replace(self._path)
+            self._beside.replace(self.path)
         else:
             self._beside.unlink(missing_ok=True)
 

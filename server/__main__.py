@@ -51,10 +51,20 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=7)
 
     replay = commands.add_parser("replay", help="feed real livestream history through the API")
-    replay.add_argument("file", type=Path, help="CSV or Parquet; see README for its columns")
+    replay.add_argument("file", type=Path, nargs="?", help="CSV or Parquet; see README for its columns")
     replay.add_argument("--speed", type=float, default=0.0, help="times real time; 0: as fast as it goes")
     replay.add_argument("--surface", default="chart", help="surface of the rules file to rank for")
     replay.add_argument("--config", type=Path, help="settings file (TOML)")
+    dataset = replay.add_argument_group("training rows instead of a comparison; see docs/datasets.md")
+    dataset.add_argument("--out", type=Path, metavar="ROWS.parquet", help="write a dataset file")
+    dataset.add_argument(
+        "--log", type=Path, metavar="DIR", help="a server's SQLite log, or its folder, instead of FILE"
+    )
+    dataset.add_argument("--rows", choices=["impressions", "streams"], default="impressions")
+    dataset.add_argument("--every-minutes", type=int, default=1, help="streams: between moments")
+    dataset.add_argument("--audit", type=int, default=0, metavar="N", help="then read N rows from the log once more")
+    dataset.add_argument("--ray", metavar="ADDRESS", help="shard the job over a Ray cluster; local: start one here")
+    dataset.add_argument("--shards", type=int, default=2, help="ray: shards of streams")
 
     for name, help_text in (
         ("rank", "ask a running server for a slate"),
@@ -132,7 +142,13 @@ def _run(options: argparse.Namespace) -> int:
         from loadtest.demo import run_demo
 
         return run_demo(options.seconds, options.streams, options.seed)
+    if options.command == "replay" and options.out is not None:
+        from models.rows.command import run_rows
+
+        return run_rows(options)
     if options.command == "replay":
+        if options.file is None or options.log is not None:
+            raise ConfigError("replay: FILE wanted; --log goes with --out")
         from loadtest.replay import run_replay
 
         return run_replay(options.file, options.speed, options.surface, options.config)

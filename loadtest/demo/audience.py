@@ -72,6 +72,7 @@ class Audience:
                 self.failures.append(f"{error.code().name}: {error.details()}")
             else:
                 self._check(reply, sent_s, due_s)
+                self._platform.seen(person, reply, rng)
             calls += 1
             due_s += ASK_EVERY_S
             self._stop.wait(max(0.0, due_s - time.monotonic()))

@@ -9,13 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import grpc
+import numpy as np
 from liverank.v1 import ingest_pb2 as pb
 from liverank.v1 import ingest_pb2_grpc as pb_grpc
+from liverank.v1 import ranking_pb2
 
-from loadtest.world import World
+from loadtest.world import Viewer, World
+from loadtest.world.feedback import Feedback
 
 Session = tuple[str, int]
 """(stream id, epoch)"""
+ON_SCREEN = 8
+"""Streams of a reply that a viewer's screen has room for."""
 
 
 class Platform:
@@ -30,6 +35,7 @@ class Platform:
         self.world = world
         self.lock = threading.Lock()
         """Held while the world moves; whoever asks it for the truth takes it."""
+        self.feedback = Feedback(world.viewing, world.streams, ON_SCREEN)
         self.ended_at: dict[Session, float] = {}
         self.end_to_gone_ms: list[float] = []
         self.applied = 0
@@ -52,6 +58,11 @@ class Platform:
         """The title its creator gave it."""
         return self.world.streams.titles[int(self.world.streams.rows_of([stream_id])[0])]
 
+    def seen(self, viewer: Viewer, reply: ranking_pb2.RankResponse, rng: np.random.Generator) -> None:
+        """A viewer looks at a reply; the impressions, and what comes of them, are published in time."""
+        with self.lock:
+            self.feedback.seen(viewer, reply, rng)
+
     def _sent(self) -> Iterator[pb.EventBatch]:
         while (batch := self._outbox.get()) is not None:
             yield batch
@@ -68,7 +79,7 @@ class Platform:
         next_s = time.monotonic()
         while not stopped():
             with self.lock:
-                batches = self.world.step().to_batches()
+                batches = self.world.step().to_batches() + self.feedback.due(int(time.time() * 1000))
             for batch in batches:
                 self._publish(batch)
             next_s += self.world.settings.step_ms / 1000

@@ -15,6 +15,7 @@ from loadtest.world.producers import Producers
 from loadtest.world.settings import WorldSettings
 from loadtest.world.streams import State, StreamColumns
 from loadtest.world.truth import Truth
+from loadtest.world.viewing import Viewing
 
 _SEGMENT_MS = 500  # a media segment; at most one heartbeat period, so that every heartbeat shows progress
 
@@ -31,6 +32,7 @@ class World:
         self.population = Population(self.settings)
         self.streams = StreamColumns(self.settings, self.population)
         self.truth = Truth(self.streams, self.settings.start_ms)
+        self.viewing = Viewing(self.settings, self.streams)
         self._producers = Producers(self.settings)
         self._actions = Actions(self.settings, self.population, self._producers)
         self._delivery = Delivery(self.settings, self._producers)
