@@ -25,7 +25,7 @@ import numpy as np
 from liverank.v1 import ingest_pb2, ingest_pb2_grpc, ranking_pb2, ranking_pb2_grpc
 
 from loadtest.processes import to_toml
-from loadtest.world import World, WorldSettings
+from loadtest.world import Viewer, World, WorldSettings
 from loadtest.world.feedback import Feedback
 from server.app import App
 from server.clock import ManualClock
@@ -181,18 +181,23 @@ class _Play:
         for first in range(0, n, VIEWERS_PER_CALL):
             some = people[first : first + VIEWERS_PER_CALL]
             shuffled = self._rng.random(len(some)) < self._settings.shuffled
-            requests = [
-                ranking_pb2.RankRequest(
-                    request_id=f"{SHUFFLED if shuffled[i] else 'r-'}{self._replies + i}", viewer_id=person.viewer_id, viewer_embedding=person.embedding,
-                    region=person.region, followed_creator_ids=person.followed, limit=self._settings.places,
-                    surface=self._settings.surface,
-                )
-                for i, person in enumerate(some)
-            ]  # fmt: skip
+            names = [f"{SHUFFLED if mix else 'r-'}{self._replies + i}" for i, mix in enumerate(shuffled)]
+            requests = [self._request(name, person) for name, person in zip(names, some)]
             replies = self._ranking.RankBatch(ranking_pb2.RankBatchRequest(requests=requests), timeout=60.0)
             self._replies += len(some)
             for person, reply, mix in zip(some, replies.responses, shuffled, strict=True):
                 self._feedback.seen(person, reply, self._rng, shuffled=bool(mix))
+
+    def _request(self, name: str, person: Viewer) -> ranking_pb2.RankRequest:
+        return ranking_pb2.RankRequest(
+            request_id=name,
+            viewer_id=person.viewer_id,
+            viewer_embedding=person.embedding,
+            region=person.region,
+            followed_creator_ids=person.followed,
+            limit=self._settings.places,
+            surface=self._settings.surface,
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

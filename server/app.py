@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,6 +21,7 @@ from server.engine import Engine
 from server.errors import ConfigError, Draining
 from server.live.ends import EndFeed
 from server.live.features import FeatureSet
+from server.live.table import LiveTable
 from server.log.snapshot import SnapshotFolder
 from server.logs import open_log
 from server.recorder import Recorder
@@ -44,6 +46,9 @@ from server.snapshots import Snapshots
 from server.telemetry.metrics import Metrics
 from server.warmup import warm_up
 from server.world import build_world
+
+if TYPE_CHECKING:
+    from server.row_log import RowLog
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +82,18 @@ def open_scorer(
     from server.scoring.local import LocalScorer
 
     return LocalScorer(scoring.model_repository, scoring.model_name, features.schema, len(features))
+
+
+def open_row_log(settings: Settings, table: LiveTable, features: FeatureSet, metrics: Metrics) -> RowLog | None:
+    """The configured row log, or None; imported here, for it needs pyarrow. Raises ConfigError."""
+    if settings.telemetry.row_log is None:
+        return None
+    from server.row_log import RowLog
+
+    def dropped(reason: str, rows: int) -> None:
+        metrics.row_log_dropped.labels(reason).inc(rows)
+
+    return RowLog(settings.telemetry, table, features, metrics.row_log_rows.inc, dropped)
 
 
 def open_device(settings: Settings) -> Backend:
@@ -117,6 +134,9 @@ class App:
             settings, clock, world.table, features, world.streams, world.pipeline,
             EndFeed(settings.serve.watch_buffer), self.recorder, encode_replies, admission, on_fault,
         )  # fmt: skip
+        self._row_log = open_row_log(settings, world.table, features, self.metrics)
+        if self._row_log is not None:
+            self.engine.on_served = self._row_log.offer
         self._log = open_log(settings, clock, self.engine, self.metrics, on_fault)
         self._commit = self._log.commit
         self._folder = SnapshotFolder(settings.snapshot_folder)
@@ -232,6 +252,8 @@ class App:
         self.snapshots.stop()
         self._commit.stop()
         self.engine.stop()
+        if self._row_log is not None:
+            self._row_log.close()
         clean &= self._refresher.close()
         self._scorer.close()
         self._log.close()

@@ -211,6 +211,13 @@ class SecuritySettings(_Section):
         return self
 
 
+class TelemetrySettings(_Section):
+    row_log: Path | None = Field(None, description="folder for feature rows of served slates; see docs/datasets.md")
+    row_log_share: float = Field(0.01, gt=0.0, le=1.0, description="share of the replies, chosen by chance")
+    row_log_file_bytes: int = Field(64 << 20, ge=1 << 10, description="a file that is larger is followed by the next")
+    row_log_files: int = Field(16, ge=1, description="newest files kept")
+
+
 class Settings(BaseSettings):
     """All settings of one server."""
 
@@ -227,6 +234,7 @@ class Settings(BaseSettings):
     rank: RankSettings = RankSettings()
     device: DeviceSettings = DeviceSettings()
     security: SecuritySettings = SecuritySettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @property
     def metrics_host(self) -> str:

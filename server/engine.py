@@ -113,6 +113,8 @@ class Engine:
             ("no scores yet",), "", clock.now_ms(), 0,
         )  # fmt: skip
         self.first_scores = threading.Event()
+        self.on_served: Callable[[SlateBatch, ReplyState], None] | None = None
+        """Told of each batch after it was answered, before anything else is applied. Set before `start`."""
         self._commit: CommitPath | None = None
         self._refresher: Refresher | None = None
         self._wake = threading.Condition()
@@ -495,6 +497,8 @@ class Engine:
         self._recorder.ranked(slates, state.level.name.lower(), began_s)
         self._recorder.waited(items, began_s)
         hand_out(items, replies)
+        if self.on_served is not None:
+            self.on_served(slates, state)
 
     @contextmanager
     def _guarded(self, items: list[Waiting[RankQuery]]) -> Iterator[None]:

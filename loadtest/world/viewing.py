@@ -60,7 +60,7 @@ class Viewing:
         )
 
     def affinity(self, viewer: NDArray[np.float32], rows: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-        """float64[k] in [-1, 1]: cosine of a viewer's embedding float32[D], or [k, D], and those of streams ``rows``."""
+        """float64[k] in [-1, 1]: cosine of a viewer's embedding float32[D] (or [k, D]) and those of the streams."""
         return np.asarray((self._streams.embedding[rows] * viewer).sum(axis=-1, dtype=np.float64))
 
     def click_probability(self, viewer: NDArray[np.float32], rows: NDArray[np.integer[Any]]) -> NDArray[np.float64]:

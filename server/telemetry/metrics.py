@@ -225,6 +225,10 @@ class Metrics:
             registry=r,
         )
         self.audit_lost = Counter("liverank_audit_lost_total", "Audit lines that could not be written", registry=r)
+        self.row_log_rows = Counter("liverank_row_log_rows_total", "Feature rows of served slates logged", registry=r)
+        self.row_log_dropped = Counter(
+            "liverank_row_log_dropped_total", "Feature rows chosen and not logged, by reason", ["reason"], registry=r
+        )
         self.watchers = Gauge("liverank_watchers", "Open WatchEnded calls", registry=r)
 
     def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
