@@ -144,7 +144,7 @@ def recall(
     live: NDArray[np.bool_] | None = None,
     k: int = 500,
 ) -> NDArray[np.float64]:
-    """float64[Q]: 1 where the wanted stream is among the ``k`` nearest by inner product, else 0; ties count as found.
+    """float64[Q]: 1 where the wanted stream is among the ``k`` nearest by inner product, else 0; ties by place.
 
     Args:
         viewers: float[Q, D]. streams: float[S, D]. wanted: int64[Q] into streams. live: bool[Q, S], what could have
@@ -155,7 +155,8 @@ def recall(
         some = slice(first, first + 256)
         products = viewers[some] @ streams.T
         own = np.take_along_axis(products, wanted[some, None], axis=1)
-        better = products > own
+        before = np.arange(len(streams)) < wanted[some, None]
+        better = (products > own) | ((products == own) & before)
         if live is not None:
             better &= live[some]
         found[some] = better.sum(1) < k

@@ -21,6 +21,8 @@ from models.workers import ALONE, Workers
 from server.scoring.ranker_schema import NEUTRAL_POSITION
 
 CHUNK_ROWS = 8_192
+LEAST_CLICKS = 1_000
+"""On slates in an order of chance, for the effect of places to be judged by them alone."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,15 @@ def fit_ranker(
         torch.manual_seed(seed)
         shape = RankerShape(split.fit.features.shape[1], split.fit.stream_embedding.shape[1])
         model = Ranker(shape, *_scaling(split.fit))
+        telling, by_chance = _telling_of_places(split.fit)
+        if by_chance:
+            # In an order of chance the shares of clicks alone say it, whatever the net does not know of viewers.
+            settle_places(model, telling, liked=np.zeros(len(telling), np.float32))
+            model.unseen.requires_grad_(False)
         objective = RankerObjective(model, split.fit, split.stop, settings.creator_dropout)
         course = descend(objective, settings.fit, seed, say, workers=workers, checkpoint=checkpoint)
         model.to("cpu")
-        settle_places(model, split.fit)
+        settle_places(model, telling)
         calibrate(model, split.calibrate)
     return FittedRanker(model, course)
 
@@ -105,12 +112,24 @@ class RankerObjective(Objective):
         return task_loss(self.model.logits(**given), log_examined, labels)
 
 
-def settle_places(model: Ranker, rows: Impressions) -> None:
-    """Sets the effect of places to the most likely one, given what the net says of ``rows``; see `models.places`."""
-    rows = rows.take(np.flatnonzero(rows.position >= 1.0))
-    z = np.concatenate([z[:, 0] for z, _ in _logits(model, rows)]) if len(rows) else np.zeros(0)
+def settle_places(model: Ranker, rows: Impressions, liked: NDArray[np.float32] | None = None) -> None:
+    """Sets the effect of places to the most likely one, given what the net says of ``rows``; see `models.places`.
+
+    Args:
+        liked: float32[R], taken instead of the net's logits of a click.
+    """
+    if liked is None:
+        liked = np.concatenate([logits[:, 0] for logits, _ in _logits(model, rows)])
     places = np.minimum(rows.position, POSITIONS).astype(np.int64) - 1
-    model.set_log_examined(examined(z, places, rows.clicked, POSITIONS))
+    model.set_log_examined(examined(liked, places, rows.clicked, POSITIONS))
+
+
+def _telling_of_places(rows: Impressions) -> tuple[Impressions, bool]:
+    """The rows that places are judged by, and whether they were shown in an order of chance: those, if they suffice."""
+    told = rows.take(np.flatnonzero(rows.position >= 1.0))
+    chance = told.take(np.flatnonzero(told.by_chance))
+    enough = int(chance.clicked.sum()) >= LEAST_CLICKS
+    return (chance, True) if enough else (told, False)
 
 
 def calibrate(model: Ranker, rows: Impressions) -> None:

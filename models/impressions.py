@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loadtest.record import SHUFFLED
 from models import labels
 from models.schema import RowTable
 from server.scoring.ranker_schema import (
@@ -55,7 +56,7 @@ class Impressions:
 
     Known when the reply was made: at_ms int64[R], features and missing float32[R, F], stream_embedding float32[R, D],
     codes int64[R, 3], stream and creator int64[R] (numbers within the file; creator -1: unknown), asking int64[R]
-    (into askings), position float32[R] (1-based; -1: not told), propensity float32[R] (0: shown on its score).
+    (into askings), position float32[R] (1-based; -1: not told), propensity float32[R] (0: shown on its score), by_chance bool[R] (the whole slate was in an order of chance).
 
     What came of it: clicked, watched, purchased, reported bool[R]; watch_s, value float32[R].
     """
@@ -71,6 +72,7 @@ class Impressions:
     asking: NDArray[np.int64]
     position: NDArray[np.float32]
     propensity: NDArray[np.float32]
+    by_chance: NDArray[np.bool_]
     clicked: NDArray[np.bool_]
     watched: NDArray[np.bool_]
     purchased: NDArray[np.bool_]
@@ -153,6 +155,7 @@ def impressions_of(
         asking=asking.astype(np.int64),
         position=np.where(position < 0, NEUTRAL_POSITION, position + 1.0).astype(np.float32),
         propensity=table["propensity"],
+        by_chance=np.char.startswith(_texts(table["request_id"]), SHUFFLED),
         clicked=table["clicked"],
         watched=table["watched"],
         purchased=table["purchased"],

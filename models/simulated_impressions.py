@@ -120,6 +120,7 @@ class _Audience:
             asking=np.repeat(np.arange(len(viewer)), shown.shape[1]),
             position=(places + 1).astype(np.float32),
             propensity=propensity.ravel().astype(np.float32),
+            by_chance=np.zeros(len(row), np.bool_),
             clicked=answer.clicked,
             watched=answer.watch_s * 1000 >= WATCHED_MS,
             purchased=answer.spent_minor > 0,

@@ -3,6 +3,8 @@
     viewer: embedding, recent streams and what came of them → vector
     stream: embedding of its content, language, category, creator → vector
 
+Each is the embedding that came in, plus what training found it to lack.
+
 Nothing a stream has done so far goes in, so a stream that begins this second has a vector as good as any. Both are
 of unit length and as wide as the table's embeddings: the server can search with them as they are.
 """
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from models.ranker import CREATOR_BUCKETS, EPSILON, Embedded, unit
+from models.ranker import CREATOR_BUCKETS, Embedded, unit
 from server.scoring.ranker_schema import CODE_BUCKETS, SEQUENCE_META
 
 
@@ -37,13 +39,13 @@ class StreamTower(nn.Module):
         )
         self.first = nn.Linear(shape.embedding_dim + 4 + 8 + 8, shape.hidden)
         self.last = nn.Linear(shape.hidden, shape.embedding_dim)
-        self.straight = nn.Linear(shape.embedding_dim, shape.embedding_dim, bias=False)
-        as_it_is(self.straight)
+        self.turn = nn.Linear(shape.embedding_dim, shape.embedding_dim, bias=False)
+        _silence(self.last, self.turn)
 
     def forward(self, stream_embedding: Tensor, codes: Tensor) -> Tensor:
         content = unit(stream_embedding)
         known = torch.cat([content, *(table(codes[:, i]) for i, table in enumerate(self.codes))], dim=-1)
-        return unit(self.straight(content) + self.last(torch.relu(self.first(known))))
+        return unit(content + self.turn(content) + self.last(torch.relu(self.first(known))))
 
 
 class ViewerTower(nn.Module):
@@ -56,19 +58,19 @@ class ViewerTower(nn.Module):
         self.weigh = nn.Linear(len(SEQUENCE_META), 1)
         self.first = nn.Linear(2 * shape.embedding_dim + 1, shape.hidden)
         self.last = nn.Linear(shape.hidden, shape.embedding_dim)
-        self.straight = nn.Linear(shape.embedding_dim, shape.embedding_dim, bias=False)
-        self.recent = nn.Linear(shape.embedding_dim, shape.embedding_dim, bias=False)
-        as_it_is(self.straight)
-        as_it_is(self.recent)
+        self.turn = nn.Linear(shape.embedding_dim, shape.embedding_dim, bias=False)
+        _silence(self.last, self.turn, self.weigh)
+        nn.init.ones_(self.weigh.bias)
 
     def forward(self, viewer_embedding: Tensor, sequence_embedding: Tensor, sequence_meta: Tensor) -> Tensor:
         taste = unit(viewer_embedding)
         valid = sequence_meta[..., -1:]
         # tanh: what was disliked pushes away.
         weights = torch.tanh(self.weigh(sequence_meta)) * valid
-        history = (weights * sequence_embedding).sum(1) / (valid.sum(1) + 1.0)
+        history = (weights * sequence_embedding).sum(1) / torch.sqrt(valid.sum(1) + 1.0)
         known = torch.cat([taste, history, valid.amax(1)], dim=-1)
-        return unit(self.straight(taste) + self.recent(history) + self.last(torch.relu(self.first(known))))
+        both = taste + history
+        return unit(both + self.turn(both) + self.last(torch.relu(self.first(known))))
 
 
 class TwoTower(nn.Module):
@@ -102,10 +104,10 @@ def sampled_softmax(
     return cross_entropy(corrected.masked_fill(same, -1e9), own)
 
 
-@torch.no_grad()
-def as_it_is(layer: nn.Linear) -> None:
-    """Lets a square layer begin by passing on what it gets: embeddings that come in are good ones already."""
-    layer.weight.copy_(torch.eye(layer.in_features))
-
-
-__all__ = ["EPSILON", "StreamTower", "TowerShape", "TwoTower", "ViewerTower", "sampled_softmax"]
+def _silence(*layers: nn.Linear) -> None:
+    """Lets towers begin by passing on what they get: embeddings that come in are good ones already, and what training
+    cannot tell to be better stays as it is (weights decay towards this)."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -19,18 +19,18 @@ OUTPUT_EMBEDDING = "embedding"
 def stream_tower_graph(tower: StreamTower) -> onnx.ModelProto:
     """stream_embedding float32[R, D], codes int64[R, 3] → embedding float32[R, D]."""
     g = Graph(STREAM_TOWER)
-    dim = tower.straight.in_features
+    dim = tower.turn.in_features
     content = g.unit(g.floats("stream_embedding", "R", dim), EPSILON)
     codes = g.integers("codes", "R", len(CODES))
     known = g("Concat", content, *(embedded_nodes(g, codes, i, t) for i, t in enumerate(tower.codes)), axis=-1)
-    return _finish(g, g("Add", g.linear(content, tower.straight), _corrected(g, known, tower)), "R", dim)
+    return _finish(g, g("Add", _turned(g, content, tower), _corrected(g, known, tower)), "R", dim)
 
 
 def viewer_tower_graph(tower: ViewerTower) -> onnx.ModelProto:
     """viewer_embedding float32[V, D], sequence_embedding float32[V, 20, D], sequence_meta float32[V, 20, 4]
     → embedding float32[V, D]."""
     g = Graph(VIEWER_TOWER)
-    dim = tower.straight.in_features
+    dim = tower.turn.in_features
     taste = g.unit(g.floats("viewer_embedding", "V", dim), EPSILON)
     embedding = g.floats("sequence_embedding", "V", SEQUENCE, dim)
     meta = g.floats("sequence_meta", "V", SEQUENCE, len(SEQUENCE_META))
@@ -38,10 +38,14 @@ def viewer_tower_graph(tower: ViewerTower) -> onnx.ModelProto:
     weights = g("Mul", g("Tanh", g.linear(meta, tower.weigh)), valid)
     total = g("ReduceSum", g("Mul", weights, embedding), g.constant([1]), keepdims=0)
     count = g("Add", g("ReduceSum", valid, g.constant([1]), keepdims=0), g.constant(1.0))
-    history = g("Div", total, count)
+    history = g("Div", total, g("Sqrt", count))
     known = g("Concat", taste, history, g("ReduceMax", valid, axes=[1], keepdims=0), axis=-1)
-    both = g("Add", g.linear(taste, tower.straight), g.linear(history, tower.recent))
+    both = _turned(g, g("Add", taste, history), tower)
     return _finish(g, g("Add", both, _corrected(g, known, tower)), "V", dim)
+
+
+def _turned(g: Graph, x: str, tower: StreamTower | ViewerTower) -> str:
+    return g("Add", x, g.linear(x, tower.turn))
 
 
 def _corrected(g: Graph, known: str, tower: StreamTower | ViewerTower) -> str:
