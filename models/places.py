@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-STIFFNESS = 300.0
+STIFFNESS = 1_000.0
 """Clicks against which a bend weighs: neighbours are looked at alike, and places far down have few clicks each."""
 _STEPS = 50
 _LEAST = -6.0  # log; below, no click was ever seen

@@ -56,10 +56,11 @@ class ViewerTower(nn.Module):
     def __init__(self, shape: TowerShape) -> None:
         super().__init__()
         self.weigh = nn.Linear(len(SEQUENCE_META), 1)
+        self.trust = nn.Linear(2, 1)  # of the history, given whether there is an embedding, and how many visits
         self.first = nn.Linear(2 * shape.embedding_dim + 1, shape.hidden)
         self.last = nn.Linear(shape.hidden, shape.embedding_dim)
         self.turn = nn.Linear(shape.embedding_dim, shape.embedding_dim, bias=False)
-        _silence(self.last, self.turn, self.weigh)
+        _silence(self.last, self.turn, self.weigh, self.trust)
         nn.init.ones_(self.weigh.bias)
 
     def forward(self, viewer_embedding: Tensor, sequence_embedding: Tensor, sequence_meta: Tensor) -> Tensor:
@@ -67,7 +68,10 @@ class ViewerTower(nn.Module):
         valid = sequence_meta[..., -1:]
         # tanh: what was disliked pushes away.
         weights = torch.tanh(self.weigh(sequence_meta)) * valid
-        history = (weights * sequence_embedding).sum(1) / torch.sqrt(valid.sum(1) + 1.0)
+        visits = valid.sum(1)
+        history = (weights * sequence_embedding).sum(1) / torch.sqrt(visits + 1.0)
+        about = torch.cat([(taste * taste).sum(-1, keepdim=True), torch.log(visits + 1.0)], dim=-1)
+        history = history * torch.exp(self.trust(about))
         known = torch.cat([taste, history, valid.amax(1)], dim=-1)
         both = taste + history
         return unit(both + self.turn(both) + self.last(torch.relu(self.first(known))))
