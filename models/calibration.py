@@ -33,11 +33,14 @@ _Parts = tuple[float, NDArray[np.float64], NDArray[np.float64]]
 
 
 def fit_platt(
-    logits: NDArray[np.float32], labels: NDArray[np.bool_], ceiling: NDArray[np.floating] | None = None
+    logits: NDArray[np.float32],
+    labels: NDArray[np.bool_] | NDArray[np.floating],
+    ceiling: NDArray[np.floating] | None = None,
 ) -> Platt:
     """Maximum likelihood by Newton's method, of n logits and labels.
 
     Args:
+        labels: bool[n], or float[n] within 0 to 1, shares.
         ceiling: float[n] in (0, 1], what each row's probability is multiplied by before it meets the label: the
             chance that the row's place is looked at, say. None: 1.
 

@@ -135,15 +135,13 @@ def _telling_of_places(rows: Impressions) -> tuple[Impressions, bool]:
 def calibrate(model: Ranker, rows: Impressions) -> None:
     """Sets slope and offset of every task by rows that were not learned from; as if looked at, hence for any place.
 
-    A head with fewer than two kinds of labels keeps slope 1 and offset 0. The expected time keeps them always: it is
-    a mean, no probability.
+    A head with fewer than two kinds of labels keeps slope 1 and offset 0.
     """
     z, ceiling = (np.concatenate(part) for part in zip(*_logits(model, rows), strict=True))
     labels = rows.labels(slice(None), WATCH_CAP_S)
-    for task in range(len(TASKS) - 1):
-        happened = labels[:, task] > 0.5
-        if 0 < happened.sum() < len(happened):
-            platt = fit_platt(z[:, task], happened, ceiling)
+    for task in range(len(TASKS)):
+        if 0 < labels[:, task].sum() < len(labels):
+            platt = fit_platt(z[:, task], labels[:, task], ceiling)
             model.slope[task], model.offset[task] = platt.slope, platt.offset
 
 

@@ -27,7 +27,9 @@ class TwoTowerSettings:
     """How to learn. random_negatives: per batch, drawn from all streams alike. creator_dropout: see RankerSettings."""
 
     fit: FitSettings = field(
-        default_factory=lambda: FitSettings(max_epochs=10, patience_epochs=2, batch_rows=256, learning_rate=1e-3, weight_decay=1.0)
+        default_factory=lambda: FitSettings(
+            max_epochs=10, patience_epochs=2, batch_rows=256, learning_rate=1e-3, weight_decay=1.0
+        )
     )
     random_negatives: int = 512
     creator_dropout: float = 0.2

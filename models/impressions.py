@@ -120,9 +120,7 @@ class Impressions:
         return sha.hexdigest()[:16]
 
 
-def impressions_of(
-    table: RowTable, viewer_embeddings: Mapping[str, NDArray[np.float32]] | None = None
-) -> Impressions:
+def impressions_of(table: RowTable, viewer_embeddings: Mapping[str, NDArray[np.float32]] | None = None) -> Impressions:
     """The rows of a dataset file of impressions (docs/datasets.md).
 
     Args:
@@ -245,7 +243,9 @@ def _histories(table: RowTable, first: NDArray[np.int64], dim: int) -> tuple[NDA
     if "recent_age_s" not in table.columns:
         return embeddings, meta
     for at, row in enumerate(first.tolist()):
-        age, watch = (np.asarray(table[name][row][:SEQUENCE], np.float32) for name in ("recent_age_s", "recent_watch_s"))
+        age, watch = (
+            np.asarray(table[name][row][:SEQUENCE], np.float32) for name in ("recent_age_s", "recent_watch_s")
+        )
         n = len(age)
         if n == 0:
             continue

@@ -38,9 +38,7 @@ def ranker_graph(model: Ranker, feature_schema: str) -> onnx.ModelProto:
         g.sum_last(g("Mul", viewer, stream)), g.sum_last(g("Mul", viewer, viewer)),
         *(embedded_nodes(g, codes, i, table) for i, table in enumerate(model.codes)), axis=-1,
     )  # fmt: skip
-    experts = [
-        g("Unsqueeze", _sequential(g, together, expert), g.constant([1])) for expert in model.experts
-    ]
+    experts = [g("Unsqueeze", _sequential(g, together, expert), g.constant([1])) for expert in model.experts]
     stacked = g("Concat", *experts, axis=1)
     found = []
     for gate, tower in zip(model.gates, model.towers, strict=True):

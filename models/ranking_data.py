@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtest.world import WorldSettings
-from loadtest.world.viewing import examination
 from loadtest.world.audience import DAY_MS
+from loadtest.world.viewing import examination
 from models.impressions import Impressions, ImpressionSplit, concatenate_impressions, impressions_of, split_impressions
 from models.schema import read_rows
 from models.simulated_impressions import Policy, simulate_impressions

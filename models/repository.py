@@ -23,10 +23,15 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.:-]+")  # needs no escaping in protobuf text
 
 
 def check_graph(
-    graph: bytes, inputs: Mapping[str, NDArray[Any]], wanted: Mapping[str, NDArray[np.floating]]
+    graph: bytes,
+    inputs: Mapping[str, NDArray[Any]],
+    wanted: Mapping[str, NDArray[np.floating]],
+    ranges: Mapping[str, float] | None = None,
 ) -> float:
-    """Largest difference of the graph in onnxruntime from what the model computes, relative to an output's largest
-    value where that is above 1.
+    """Largest difference of the graph in onnxruntime from what the model computes, relative to an output's range.
+
+    Args:
+        ranges: by output, how large it may become; 1 where nothing is said.
 
     Raises:
         ExportMismatch: it is above TOLERANCE, or an output is not finite or of another shape.
@@ -38,8 +43,8 @@ def check_graph(
     for name, answered in zip(wanted, session.run(list(wanted), dict(inputs)), strict=True):
         if answered.shape != wanted[name].shape or not np.isfinite(answered).all():
             raise ExportMismatch(f"{name}: finite {wanted[name].shape} wanted from the graph, got {answered.shape}")
-        size = max(1.0, float(np.abs(wanted[name]).max(initial=0.0)))
-        worst = max(worst, float(np.abs(answered - wanted[name]).max(initial=0.0)) / size)
+        difference = float(np.abs(answered - wanted[name]).max(initial=0.0))
+        worst = max(worst, difference / (ranges or {}).get(name, 1.0))
     if worst > TOLERANCE:
         raise ExportMismatch(f"graph and model differ by {worst:.2g}, allowed is {TOLERANCE}")
     return worst
@@ -79,6 +84,7 @@ def place(
     wanted: Mapping[str, NDArray[np.floating]],
     facts: Mapping[str, Any],
     headline: Mapping[str, float],
+    ranges: Mapping[str, float] | None = None,
 ) -> Path:
     """Checks a graph on a sample and writes ``NAME/VERSION/`` (model.onnx, experiment.json) and ``config.pbtxt``.
 
@@ -88,7 +94,7 @@ def place(
         ExportMismatch: see check_graph; the repository is as before.
     """
     content = graph.SerializeToString(deterministic=True)
-    check_graph(content, inputs, wanted)
+    check_graph(content, inputs, wanted, ranges)
     folder = repository / name
     hidden, final = folder / f".new-{version}", folder / str(version)
     shutil.rmtree(hidden, ignore_errors=True)

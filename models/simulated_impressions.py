@@ -159,9 +159,7 @@ class _Audience:
                 meta[q, place] = np.log1p((now_ms - seen_ms) / 60_000), np.log1p(watch_s), outcome, 1.0
         return Askings(self._told[viewer], embedding, meta, viewer.astype(np.int64))
 
-    def _remember(
-        self, who: NDArray[np.int64], rows: NDArray[np.int64], answer: Responses, now_ms: int
-    ) -> None:
+    def _remember(self, who: NDArray[np.int64], rows: NDArray[np.int64], answer: Responses, now_ms: int) -> None:
         for i in np.flatnonzero(answer.clicked).tolist():
             watch_s, visits = float(answer.watch_s[i]), self._visits[int(who[i])]
             bits = {
@@ -199,4 +197,6 @@ def _renumbered(parts: list[Impressions]) -> Impressions:
     shifts = np.cumsum([0, *(len(p.askings) for p in parts[:-1])])
     shifted = [replace(p, asking=p.asking + shift) for p, shift in zip(parts, shifts, strict=True)]
     columns = [f.name for f in fields(Impressions) if f.name != "askings"]
-    return Impressions(askings=askings, **{name: np.concatenate([getattr(p, name) for p in shifted]) for name in columns})
+    return Impressions(
+        askings=askings, **{name: np.concatenate([getattr(p, name) for p in shifted]) for name in columns}
+    )

@@ -135,7 +135,9 @@ def publish_ranker(repository: Path, version: int, trained: TrainedRanker) -> Pa
     inputs = sample.inputs(slice(None), neutral=False).tensors()
     inputs["position"][::2] = -1.0
     wanted = _answers_of(model, inputs)
-    return place(repository, NAME, version, graph, inputs, wanted, trained.facts, without_none(headline(trained.facts)))
+    numbers = without_none(headline(trained.facts))
+    ranges = {OUTPUT_WATCH_SECONDS: WATCH_CAP_S}
+    return place(repository, NAME, version, graph, inputs, wanted, trained.facts, numbers, ranges)
 
 
 def without_none(numbers: dict[str, float]) -> dict[str, float]:

@@ -108,7 +108,7 @@ def descend(
     rng = np.random.default_rng(seed)
     for _ in state.epochs:  # what was drawn before the stop
         rng.permutation(objective.n_rows)
-    joined = workers.joined(objective)
+    workers.begin_alike(objective.model.state_dict().values())
     while not state.done(settings):
         number = len(state.epochs) + 1
         torch.manual_seed(seed * 1_000_003 + number * 1_009 + workers.rank)
@@ -119,8 +119,9 @@ def descend(
         with Progress(f"epoch {number}", len(batches), shown=workers.leads) as progress:
             for first in batches:
                 rows = workers.share(order[first : first + settings.batch_rows])
-                loss = joined(rows.to(workers.device))
+                loss = objective(rows.to(workers.device))
                 torch.autograd.backward(loss)
+                workers.average(objective.model.parameters())
                 state.optimiser.step()
                 losses.append(loss.detach())
                 progress.advance()

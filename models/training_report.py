@@ -70,7 +70,9 @@ def _course(epochs: Sequence[Mapping[str, float]]) -> str:
         Series("held out", numbers, [_finite(e["held_out_loss"]) for e in epochs], 1, "6 4", dots=len(epochs) == 1),
     ]
     chart = line_chart("Loss by epoch", "epoch", "loss", series, from_zero=False)
-    return _figure("Loss by epoch", chart + legend(series), "The weights of the epoch with the least held-out loss are kept.")
+    return _figure(
+        "Loss by epoch", chart + legend(series), "The weights of the epoch with the least held-out loss are kept."
+    )
 
 
 def _calibration(head: str, curve: Curve) -> str:

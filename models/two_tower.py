@@ -88,9 +88,7 @@ class TwoTower(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.3))  # inner products are multiplied by about 10
 
 
-def sampled_softmax(
-    scores: Tensor, own: Tensor, log_rate: Tensor, candidate: Tensor, wanted: Tensor
-) -> Tensor:
+def sampled_softmax(scores: Tensor, own: Tensor, log_rate: Tensor, candidate: Tensor, wanted: Tensor) -> Tensor:
     """Cross-entropy of finding each viewer's stream among the batch's candidates; a number.
 
     Candidates are drawn by how often they are watched (those of the other viewers of the batch) and at random; log_rate
@@ -103,8 +101,11 @@ def sampled_softmax(
             wanted: int64[b], each viewer's: the same stream elsewhere in the batch is no negative.
     """
     corrected = scores - log_rate
+    # Its own stream is in the set once, however often it was drawn: the others of it are taken out below.
+    each = torch.arange(len(own), device=own.device)
+    corrected[each, own] = scores[each, own] - log_rate[own].clamp(max=0.0)
     same = candidate.unsqueeze(0) == wanted.unsqueeze(1)
-    same[torch.arange(len(own), device=own.device), own] = False
+    same[each, own] = False
     return cross_entropy(corrected.masked_fill(same, -1e9), own)
 
 

@@ -2,20 +2,21 @@
 
     torchrun --standalone --nproc-per-node 2 -m models.train_ranker …
 
-Without torchrun there is one worker, and nothing here does anything.
+Without torchrun there is one worker, and nothing here does anything. Gradients are averaged in one call per step
+instead of by DistributedDataParallel: the nets are small, so there is nothing to overlap, and DDP imports torch's
+compiler (see `models.adam`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,35 @@ class Workers:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def leads(self) -> bool:
         """Whether this one prints and writes."""
         return self.rank == 0
 
-    def share(self, rows: torch.Tensor) -> torch.Tensor:
+    def share(self, rows: Tensor) -> Tensor:
         """This worker's part of a batch's rows int64[b]; equally many for all, so up to size - 1 are left out."""
         return rows[self.rank : len(rows) // self.size * self.size : self.size] if self.size > 1 else rows
 
-    def joined(self, module: nn.Module) -> nn.Module:
-        """The same module, which averages its gradients over all workers; all begin with the first one's weights."""
-        return DistributedDataParallel(module) if self.size > 1 else module
+    @torch.no_grad()
+    def begin_alike(self, tensors: Iterable[Tensor]) -> None:
+        """All get the first worker's values, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    @torch.no_grad()
+    def average(self, parameters: Iterable[Tensor]) -> None:
+        """Gradients become their mean over all workers. Those without one must be the same parameters everywhere."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def agreed(self, value: float) -> float:
         """The first worker's value, for all: decisions must not depend on whose rounding is looked at."""
