@@ -120,7 +120,8 @@ def place_errors(found: NDArray[np.floating], planted: NDArray[np.floating]) -> 
     at = np.log(np.arange(1, len(found) + 1))
     relative = np.abs(found / planted - 1.0)
     return {
-        "exponent": float(-(at @ np.log(found)) / (at @ at)), "planted_exponent": float(-(at @ np.log(planted)) / (at @ at)),
+        "exponent": float(-(at @ np.log(found)) / (at @ at)),
+        "planted_exponent": float(-(at @ np.log(planted)) / (at @ at)),
         "mean_relative_error": float(relative.mean()), "largest_relative_error": float(relative.max()),
     }  # fmt: skip
 

@@ -56,7 +56,8 @@ class Impressions:
 
     Known when the reply was made: at_ms int64[R], features and missing float32[R, F], stream_embedding float32[R, D],
     codes int64[R, 3], stream and creator int64[R] (numbers within the file; creator -1: unknown), asking int64[R]
-    (into askings), position float32[R] (1-based; -1: not told), propensity float32[R] (0: shown on its score), by_chance bool[R] (the whole slate was in an order of chance).
+    (into askings), position float32[R] (1-based; -1: not told), propensity float32[R] (0: shown on its score),
+    by_chance bool[R] (the whole slate was in an order of chance).
 
     What came of it: clicked, watched, purchased, reported bool[R]; watch_s, value float32[R].
     """

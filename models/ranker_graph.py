@@ -1,4 +1,4 @@
-"""The ranker as ONNX. Mirrors `models.ranker` node by node; `models.onnx_check` proves that they agree."""
+"""The ranker as ONNX. Mirrors `models.ranker` node by node; `models.repository.check_graph` proves that they agree."""
 
 from __future__ import annotations
 

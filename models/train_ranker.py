@@ -105,7 +105,10 @@ def train_ranker(
     segment_rows = segment_table(test, shown[:, : len(HEADS)], table)
     facts = experiment.record(
         NAME, data_hash=data_hash(data.split), feature_schema=data.feature_schema,
-        settings={"fit": asdict(settings), "shape": asdict(model.shape), "seed": seed, "workers": team.size, "data": data.source},
+        settings={
+            "fit": asdict(settings), "shape": asdict(model.shape), "seed": seed, "workers": team.size,
+            "data": data.source,
+        },
         parameters=sum(p.numel() for p in model.parameters()), course=fitted.course, metrics=metrics,
         segments=segment_rows,
         calibration={h: [float(model.slope[i]), float(model.offset[i])] for i, h in enumerate(HEADS)},

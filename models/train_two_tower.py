@@ -75,7 +75,10 @@ def train_two_tower(
             }
     facts = experiment.record(
         NAME, data_hash=data_hash(data.split), feature_schema=data.feature_schema,
-        settings={"fit": asdict(settings), "shape": asdict(fitted.model.shape), "seed": seed, "workers": team.size, "data": data.source},
+        settings={
+            "fit": asdict(settings), "shape": asdict(fitted.model.shape), "seed": seed, "workers": team.size,
+            "data": data.source,
+        },
         parameters=sum(p.numel() for p in fitted.model.parameters()), course=fitted.course, metrics=metrics,
     )  # fmt: skip
     return TrainedTowers(fitted, facts, take_share(test, 512))

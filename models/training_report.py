@@ -107,10 +107,10 @@ def _segments(segments: Sequence[Mapping[str, Any]]) -> str:
     second = "<th>rate</th><th>predicted</th><th>AUC</th>" * len(heads)
     body = "".join(
         f"<tr><th>{escape(str(s['segment']))}</th><td>{s['rows']:,}</td>"
-        + "".join(f"<td>{_number(s[h]['rate'])}</td><td>{_number(s[h]['mean'])}</td><td>{_number(s[h]['auc'])}</td>" for h in heads)
+        + "".join(f"<td>{_number(s[head][key])}</td>" for head in heads for key in ("rate", "mean", "auc"))
         + "</tr>"
         for s in segments
-    )  # fmt: skip
+    )
     return (
         f'<section><h2>By segment</h2><div class="scroll"><table><thead><tr><th></th><th></th>{top}</tr>'
         f"<tr><th>segment</th><th>rows</th>{second}</tr></thead><tbody>{body}</tbody></table></div></section>"

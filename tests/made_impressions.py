@@ -27,7 +27,8 @@ def make_impressions(
     second feature. 10 slates a second.
 
     Args:
-        noise: how little the logging policy knows. shuffled: share of slates in an order of chance. told: whether viewers' embeddings are in the rows.
+        noise: how little the logging policy knows. shuffled: share of slates in an order of chance.
+        told: whether viewers' embeddings are in the rows.
     """
     rng = np.random.default_rng(seed)
     slates = rows // PLACES
@@ -59,7 +60,8 @@ def make_impressions(
     return Impressions(
         askings=Askings(viewers[viewer] * np.float32(told), sequence * meta[..., 3:].astype(np.float16), meta * meta[..., 3:], viewer),
         at_ms=1_767_225_600_000 + np.repeat(np.arange(slates), PLACES) * 100,
-        features=values, missing=missing, stream_embedding=streams[stream], codes=codes, stream=stream, creator=creator,
+        features=values, missing=missing, stream_embedding=streams[stream], codes=codes, stream=stream,
+        creator=creator,
         asking=np.repeat(np.arange(slates), PLACES), position=place.astype(np.float32),
         propensity=np.where(rng.random(n) < 0.1, 0.01, 0.0).astype(np.float32), by_chance=np.repeat(by_chance, PLACES),
         clicked=clicked, watched=watch_s >= 30.0, purchased=purchased, reported=clicked & (rng.random(n) < 0.02),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_no_label_of_a_part_looks_into_the_next_part() -> None:
     rows = make_impressions(5_000, 0)
     split = split_impressions(rows, gap_ms=2_000)
     parts = [split.fit, split.stop, split.calibrate, split.test]
-    for before, after in zip(parts, parts[1:]):
+    for before, after in itertools.pairwise(parts):
         assert before.at_ms.max() + 2_000 <= after.at_ms.min() + 100
     assert len(split.fit) > 0.5 * len(rows)
     with pytest.raises(ValueError, match="too few"):
@@ -132,7 +133,8 @@ def test_other_rows_are_refused_with_a_sentence(tmp_path: Path, capsys: pytest.C
 def test_a_report_of_nothing_measured_says_so() -> None:
     facts = {
         "model": "<x>", "data_hash": "", "feature_schema": "", "metrics_hash": "", "parameters": 0, "best_epoch": 1,
-        "commit": "", "epochs": [{"train_loss": float("nan"), "held_out_loss": float("nan")}], "metrics": {}, "settings": {},
+        "commit": "", "epochs": [{"train_loss": float("nan"), "held_out_loss": float("nan")}],
+        "metrics": {}, "settings": {},
     }  # fmt: skip
     assert "Nothing was measured" in page(facts) and "<x>" not in page(facts)
 
