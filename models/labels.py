@@ -12,7 +12,8 @@ within ``WINDOW_MS`` afterwards?
 - ``reported``: trust is spent here. A negative that silence is not.
 
 An impression after which nothing of this happened is the negative, so there are no sampled ones. An event counts for
-the viewer's *last* impression of the stream that was seen before it, and for no other: no event is counted twice.
+one impression: a join for the viewer's *last* one of the stream before it, the rest for the one that was joined from,
+while its window lasts, else for the last. Who is shown a stream again while watching it does not watch because of that.
 
 **Streams** (trendiness). Every live stream at a moment t; what did its crowd do in the next h of ``HORIZONS_MINUTES``?
 
@@ -27,7 +28,7 @@ three viewers who become six, which the prior dampens). Five minutes: a recommen
 long enough for value, which comes in lumps. NaN: nobody has ever reported that kind of event to this log.
 
 **Waiting for late labels.** Events may come late. Labels of a row are closed ``LATE_MS`` after its window, by the
-stamps of the log; what comes later is counted and not used. Rows that are not closed when the log ends are not
+stamps of the log; what comes later is not used. Rows that are not closed when the log ends are not
 emitted: an open window would look like a negative.
 """
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ SORTED_BY: dict[Kind, tuple[str, str]] = {
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What a shard is told: everything but the records."""
 
     table: TableSettings
@@ -54,7 +55,7 @@ class _Work:
 class ShardWorker:
     """One shard, in a process of its own."""
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: Work) -> None:
         self._rows: list[Any] = []
         self._job = work.plan.job(Cursor(work.table, work.features, work.start), self._rows.append, work.shard)
 
@@ -97,28 +98,28 @@ def build_on_ray(
     Raises:
         ConfigError: ray is not installed, or no cluster answers; else as `build`.
     """
+    with cluster(address, shards) as ray:
+        try:
+            with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+                parts, told = _run(ray, source, features, plan, shards, Path(folder), say)
+                with writer_of(source, features, plan, out) as writer:
+                    for table in merged(parts, SORTED_BY[plan.kind]):
+                        writer.write(table)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # what a worker raised, as one machine would raise it
+    return told_of(writer, told)
+
+
+@contextmanager
+def cluster(address: str, shards: int) -> Iterator[Any]:
+    """The module `ray`, connected; the connection that there is already, if any. Raises ConfigError."""
     try:
         import ray
     except ImportError as error:
         raise ConfigError(f"--ray needs the package ray: pip install 'liverank[ray]' ({error})") from error
-    started = not ray.is_initialized()
-    if started:
-        _connect(ray, address, shards)
-    try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-            parts, told = _run(ray, source, features, plan, shards, Path(folder), say)
-            with writer_of(source, features, plan, out) as writer:
-                for table in merged(parts, SORTED_BY[plan.kind]):
-                    writer.write(table)
-        return told_of(writer, told)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error  # what a worker raised, as one machine would raise it
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _connect(ray: Any, address: str, shards: int) -> None:
+    if ray.is_initialized():
+        yield ray
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would call home
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -131,6 +132,10 @@ def _connect(ray: Any, address: str, shards: int) -> None:
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"--ray {address}: no cluster there: {error}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def _run(
@@ -140,9 +145,7 @@ def _run(
     schema = arrow_schema(plan.kind, len(features), source.table.embedding_dim)
     decode_task, worker = ray.remote(decode_all), ray.remote(ShardWorker)
     table = ray.put(source.table)
-    workers = [
-        worker.remote(_Work(source.table, source.start, features, plan, Shard(i, shards))) for i in range(shards)
-    ]
+    workers = [worker.remote(Work(source.table, source.start, features, plan, Shard(i, shards))) for i in range(shards)]
     parts = [folder / f"{i}.parquet" for i in range(shards)]
     writers = [pq.ParquetWriter(part, schema) for part in parts]
 

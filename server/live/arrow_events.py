@@ -157,9 +157,11 @@ class _Decoder:
 
     def _impression(self, row: int) -> ImpressionRow:
         """A row that passed the checks."""
-        number = {name: self._numbers[name][row].item() for name in _IMPRESSION_NUMBERS}
-        text = {name: self._texts[name].value(int(self._texts[name].codes[row])) for name in _IMPRESSION_TEXTS}
-        return ImpressionRow(**number, **text)
+        said: dict[str, Any] = {name: self._numbers[name][row].item() for name in _IMPRESSION_NUMBERS}
+        for name in _IMPRESSION_TEXTS:
+            text = self._texts[name]
+            said[name] = text.value(int(text.codes[row]))
+        return ImpressionRow(**said)
 
     # --- columns ------------------------------------------------------------------------------
 
