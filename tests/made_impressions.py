@@ -57,8 +57,10 @@ def make_impressions(
     sequence = rng.standard_normal((slates, SEQUENCE, dim)).astype(np.float16)
     meta = rng.random((slates, SEQUENCE, 4)).astype(np.float32)
     meta[..., 3] = np.arange(SEQUENCE) < rng.integers(0, 5, (slates, 1))
+    meta *= meta[..., 3:]
+    history = sequence * meta[..., 3:].astype(np.float16)
     return Impressions(
-        askings=Askings(viewers[viewer] * np.float32(told), sequence * meta[..., 3:].astype(np.float16), meta * meta[..., 3:], viewer),
+        askings=Askings(viewers[viewer] * np.float32(told), history, meta, viewer),
         at_ms=1_767_225_600_000 + np.repeat(np.arange(slates), PLACES) * 100,
         features=values, missing=missing, stream_embedding=streams[stream], codes=codes, stream=stream,
         creator=creator,
