@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,3 +44,15 @@ class AdamW:
                 p.mul_(1.0 - rate * self._decay)
             p.addcdiv_(first, (second / unbias_2).sqrt_().add_(_EPSILON), value=-rate / unbias_1)
             p.grad = None
+
+    def state(self) -> dict[str, Any]:
+        """What a later ``load`` needs to go on as if nothing had happened."""
+        return {"first": self._first, "second": self._second, "step": self._step}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over what ``state`` of an optimiser of the same parameters returned."""
+        self._step = int(state["step"])
+        for own, given in ((self._first, state["first"]), (self._second, state["second"])):
+            for tensor, value in zip(own, given, strict=True):
+                tensor.copy_(value)

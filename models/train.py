@@ -142,7 +142,7 @@ def train(settings: TrainSettings, features: FeatureSet, say: Callable[[str], No
         "data_digest": rows.digest(),
         "rows": {"fit": len(split.fit), "stop": len(split.stop), "calibrate": len(split.calibrate)},
         "parameters": sum(p.numel() for p in fitted.model.parameters()),
-        "epochs": fitted.epochs,
+        "epochs": fitted.course.best,
         "calibration": {"slope": float(fitted.model.slope), "offset": float(fitted.model.offset)},
         "metrics": metrics,
     }  # fmt: skip

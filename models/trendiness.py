@@ -44,9 +44,7 @@ class Trendiness(nn.Module):
 
     def standardised(self, features: Tensor) -> Tensor:
         """float32[n, F] → float32[n, F] within ±CLAMP; NaN counts as 0."""
-        clean = torch.where(torch.isnan(features), 0.0, features).clamp(-LIMIT, LIMIT)
-        logs = torch.sign(clean) * torch.log(1.0 + torch.abs(clean))
-        return ((logs - self.mean) / self.scale).clamp(-CLAMP, CLAMP)
+        return standardised(features, self.mean, self.scale)
 
     def logit(self, standardised: Tensor) -> Tensor:
         """float32[n, F] → float32[n], before calibration."""
@@ -55,6 +53,13 @@ class Trendiness(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.sigmoid(self.slope * self.logit(self.standardised(features)) + self.offset)
+
+
+def standardised(features: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """float32[n, F] → float32[n, F] within ±CLAMP; NaN counts as 0. mean, scale: float32[F] of the signed logs."""
+    clean = torch.where(torch.isnan(features), 0.0, features).clamp(-LIMIT, LIMIT)
+    logs = torch.sign(clean) * torch.log(1.0 + torch.abs(clean))
+    return ((logs - mean) / scale).clamp(-CLAMP, CLAMP)
 
 
 def scaling(features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
