@@ -1,4 +1,4 @@
-"""`liverank`: serve · doctor · token · log · table export · demo · replay · rank · explain · load · report · bench."""
+"""`liverank`: serve · doctor · token · log · table export · model · demo · replay · rank · explain · load · report · bench."""
 
 from __future__ import annotations
 
@@ -83,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("out", type=Path, metavar="OUT.parquet")
     export.add_argument("--config", type=Path, help="settings file (TOML)")
 
+    _add_model(commands, sys.argv[1:] if arguments is None else arguments)
+
     loadtest_arguments.add_load(commands)
 
     bench = commands.add_parser("bench", help="measure; prints a table and, last, one line of JSON")
@@ -108,6 +110,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser], arguments: list[str]) -> None:
+    """The options of the action that ``arguments`` name only: the others are not imported."""
+    model = commands.add_parser("model", help="train a model on history, and compare it with the formulas")
+    actions = model.add_subparsers(dest="action", required=True)
+    for name, help_text in (
+        ("evaluate", "a model against every formula on the last 30 %% of a history's time"),
+        ("train-growth", "train the growth recipe on a history and write it as ONNX"),
+    ):
+        parser = actions.add_parser(name, help=help_text)
+        if arguments[:2] == ["model", name]:
+            from models.evaluate_command import add_arguments
+
+            add_arguments(parser, name)
+
+
 def _run(options: argparse.Namespace) -> int:
     """Imports only what the command needs."""
     if options.command == "serve":
@@ -128,6 +145,10 @@ def _run(options: argparse.Namespace) -> int:
         from server.log.repair import run
 
         return run(load_settings(options.config), options.action, options.first, options.yes)
+    if options.command == "model":
+        from models.evaluate_command import run as run_model
+
+        return run_model(options)
     if options.command == "demo":
         from loadtest.demo import run_demo
 
