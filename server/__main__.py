@@ -1,4 +1,5 @@
-"""`liverank`: serve · doctor · token · log · table export · model · demo · replay · rank · explain · load · report · bench."""
+"""`liverank`: serve · doctor · token · log · table export · model · demo · replay · rank · explain · load · report ·
+bench."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def build_graph(model: Ensemble) -> onnx.ModelProto:
         straight = add("Gemm", [x, f"{net}.straight.weight"], f"{net}/straight", transB=1)
         chances.append(add("Sigmoid", [add("Add", [y, straight], f"{net}/logit")], f"{net}/chance"))
     mean = add("Mean", chances, "mean_chance")
-    nodes.append(helper.make_node("Split", [mean], [f"{t}/column" for t in TARGETS], axis=1, num_outputs=len(TARGETS)))
+    nodes.append(helper.make_node("Split", [mean], [f"{t}/column" for t in TARGETS], axis=1))
     for target in TARGETS:
         add("Reshape", [f"{target}/column", "flat"], target)
     graph = helper.make_graph(

@@ -68,15 +68,15 @@ class OwnFeatures:
         self._first = np.searchsorted(reports.session, np.arange(len(reports.sessions.stream)))
         begins = self._first[reports.session]
         self._log = np.log(reports.viewers + SOFTENER)
-        self._sum = np.concatenate([[0.0], np.cumsum(self._log)])
         step = np.diff(self._log, prepend=self._log[:1])
         step[begins == np.arange(n)] = 0.0
-        self._squares = np.concatenate([[0.0], np.cumsum(step * step)])
+        self._square = step * step
+        self._sum, self._squares = (_running_sum(x, self._first) for x in (self._log, self._square))
         self._ewma = [np.log(ewma(reports, m * MINUTE_S) + SOFTENER) for m in HALF_LIFE_MIN]
         self._peak, self._peak_s = _running_peak(reports.viewers, reports.t_s, begins)
 
     def at(self, t_s: int, of: NDArray[np.int64]) -> NDArray[np.float32]:
-        """float32[c, OWN] of sessions ``of`` int64[c], which have reported by ``t_s``; only reports up to it are read."""
+        """float32[c, OWN] of sessions ``of`` int64[c], all of which have reported by ``t_s``; later reports are not read."""
         r, minute = self._reports, MINUTE_S
         now, first = r.last(t_s)[of], self._first[of]
         viewers, log, likes = r.viewers[now], self._log[now], r.likes[now]
@@ -95,8 +95,11 @@ class OwnFeatures:
             np.log((likes + 1.0) / (viewers + SOFTENER)),
             *(log - self._log[at] for at in then),
             *(signed_log(viewers - r.viewers[at]) for at in then),
-            *(log - (self._sum[now + 1] - self._sum[at]) / (now + 1 - at) for at in since),
-            *(np.sqrt(np.maximum(self._squares[now + 1] - self._squares[at], 0.0) / (now + 1 - at)) for at in since),
+            *(log - (self._sum[now] - self._sum[at] + self._log[at]) / (now + 1 - at) for at in since),
+            *(
+                np.sqrt(np.maximum(self._squares[now] - self._squares[at] + self._square[at], 0.0) / (now + 1 - at))
+                for at in since
+            ),
             *(log - mean[now] for mean in self._ewma),
             *(np.log1p(count) for count in recent),
             *(np.log((count + 0.5) / (viewers + SOFTENER)) for count in recent),
@@ -139,6 +142,14 @@ def _ranks(column: NDArray[np.float32], group: NDArray[np.int64], sizes: NDArray
     rank = np.empty(len(order))
     rank[order] = np.where(others > 0, ((begin + end) / 2.0 - first) / np.maximum(others, 1), 0.5)
     return rank
+
+
+def _running_sum(x: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
+    """float64[m]: sum of the session so far, as of each report; first int64[S] is where sessions begin.
+
+    Not one sum over all: its rounding would carry what other sessions do later into this one.
+    """
+    return np.concatenate([np.cumsum(part) for part in np.split(x, first[1:])])
 
 
 def _running_peak(

@@ -16,7 +16,9 @@ INPUT_DROPOUT, DROPOUT = 0.1, 0.2
 
 
 class GrowthNet(nn.Module):
-    """Features float32[n, F] → logits float32[n, TASKS]: standardise → clamp → 96 → 32 → tasks, and straight to the tasks.
+    """Features float32[n, F] → logits float32[n, TASKS].
+
+    Standardise → clamp → 96 → 32 → tasks, and beside it straight to the tasks.
 
     Args:
         mean, scale: float32[F] of the training rows; scale > 0.
