@@ -1,8 +1,9 @@
 """The recipe against every formula, on what came after all it learned from.
 
-The file's first 70 % of time is for training, the rest for testing. A row is for training when its truth, 15 minutes
-later, lies in the first part too; for testing when its moment is after the cut. So nothing tested was seen, though a
-stream that runs across the cut is on both sides, as it would be for a server that was trained an hour ago.
+docs/evaluation.md says why it is done this way. The file's first 70 % of time is for training, the rest for testing. A
+row is for training when its truth, 15 minutes later, lies in the first part too; for testing when its moment is after
+the cut. So nothing tested was seen, though a stream that runs across the cut is on both sides, as it would be for a
+server that was trained an hour ago.
 
 Model and formulas order the same candidates at the same moments. Differences are taken moment by moment, and their
 interval is from a bootstrap of blocks of 30 minutes.

@@ -76,7 +76,7 @@ class OwnFeatures:
         self._peak, self._peak_s = _running_peak(reports.viewers, reports.t_s, begins)
 
     def at(self, t_s: int, of: NDArray[np.int64]) -> NDArray[np.float32]:
-        """float32[c, OWN] of sessions ``of`` int64[c], all of which have reported by ``t_s``; later reports are not read."""
+        """float32[c, OWN] of sessions ``of`` int64[c], all with a report by ``t_s``; later ones are not read."""
         r, minute = self._reports, MINUTE_S
         now, first = r.last(t_s)[of], self._first[of]
         viewers, log, likes = r.viewers[now], self._log[now], r.likes[now]
