@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 
 from loadtest import arguments as loadtest_arguments  # argparse only
@@ -19,6 +20,7 @@ from server.config import load_settings
 from server.errors import ConfigError, Draining, LiverankError
 
 BENCHES = ("faults", "first", "gpu", "kernels", "liveness", "overload", "recovery", "serve")
+MODEL_COMMANDS = "models.evaluate_command"  # by name: serving does not need that package
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,9 +123,7 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser], ar
     ):
         parser = actions.add_parser(name, help=help_text)
         if arguments[:2] == ["model", name]:
-            from models.evaluate_command import add_arguments
-
-            add_arguments(parser, name)
+            import_module(MODEL_COMMANDS).add_arguments(parser, name)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -147,9 +147,8 @@ def _run(options: argparse.Namespace) -> int:
 
         return run(load_settings(options.config), options.action, options.first, options.yes)
     if options.command == "model":
-        from models.evaluate_command import run as run_model
-
-        return run_model(options)
+        status: int = import_module(MODEL_COMMANDS).run(options)
+        return status
     if options.command == "demo":
         from loadtest.demo import run_demo
 
