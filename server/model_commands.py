@@ -9,6 +9,8 @@ from importlib import import_module
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module with add_arguments(parser, name) and run(options) -> exit status, help)
     "export": ("models.export_command", "write trained weights as ONNX into a model repository, checked against torch"),
+    "evaluate": ("models.evaluate_command", "a model against every formula on the last 30 %% of a history's time"),
+    "train-growth": ("models.evaluate_command", "train the growth recipe on a history and write it as ONNX"),
     "push": ("server.model_client", "load a version on a running server and warm it; nobody is served by it yet"),
     "list": ("server.model_client", "versions, what serves, how a trial goes, and who did what"),
     "diff": ("server.model_client", "two versions: metrics, and how far they agree on rows that were really scored"),
