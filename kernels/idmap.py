@@ -37,15 +37,24 @@ def id_words(ids: NDArray[np.uint8]) -> NDArray[np.int64]:
     return (words ^ np.uint64(1 << 63)).view(np.int64)
 
 
+FNV_BASIS, FNV_PRIME = np.uint64(14695981039346656037), np.uint64(1099511628211)
+
+
 @njit(cache=True, nogil=True)
-def _hash_row(row: NDArray[np.uint8], length: int) -> np.uint64:
-    """FNV-1a over the bytes, then the splitmix64 finaliser (FNV's low bits alone cluster)."""
-    h = np.uint64(14695981039346656037)
-    for i in range(length):
-        h = (h ^ np.uint64(row[i])) * np.uint64(1099511628211)
+def finish_hash(h: np.uint64) -> np.uint64:
+    """The splitmix64 finaliser: FNV's low bits alone cluster."""
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return h ^ (h >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def _hash_row(row: NDArray[np.uint8], length: int) -> np.uint64:
+    """FNV-1a over the bytes, finished."""
+    h = FNV_BASIS
+    for i in range(length):
+        h = (h ^ np.uint64(row[i])) * FNV_PRIME
+    return finish_hash(h)
 
 
 @njit(cache=True, nogil=True)
@@ -53,8 +62,7 @@ def _hash_ids(ids: NDArray[np.uint8], lengths: NDArray[np.uint8]) -> NDArray[np.
     out = np.zeros(ids.shape[0], dtype=np.uint64)
     for i in range(ids.shape[0]):
         if lengths[i] > 0:
-            h = _hash_row(ids[i], lengths[i])
-            out[i] = h if h != 0 else np.uint64(1)
+            out[i] = max(_hash_row(ids[i], lengths[i]), np.uint64(1))
     return out
 
 

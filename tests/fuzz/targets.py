@@ -31,7 +31,7 @@ from server.errors import (
 )
 from server.live.arrow_events import decode_arrow
 from server.live.ends import EndFeed
-from server.live.events import KINDS, decode_batch
+from server.live.events import KINDS, Marks, decode_batch
 from server.live.features import FeatureSet
 from server.live.state import StateBuffer, restore
 from server.live.table import End
@@ -179,7 +179,7 @@ def _arrow_batches() -> list[bytes]:
 @target(_arrow_batches, InvalidRequest, max_bytes=COLUMNAR_BYTES)
 def arrow_batch(data: bytes) -> object:
     """Bare, so that changes hit the columns and not the message around them."""
-    decoded = decode_arrow("p", data, TABLE)
+    decoded = decode_arrow(Marks("p"), data, TABLE)
     places = sorted([*decoded.events.index.tolist(), *(r.index for r in decoded.rejected)])
     assert places == list(range(len(places))), "every row is accounted for, once"
     return decoded
@@ -190,7 +190,7 @@ def arrow_batch_applied(data: bytes) -> object:
     """As `event_batch_applied`."""
     table = new_table(TABLE)
     for at_ms in (T0, T0 + 700_000):
-        table.apply(decode_batch(payload(data), TABLE).events if data else decode_arrow("p", data, TABLE).events, at_ms)
+        table.apply(decode_batch(payload(data), TABLE).events if data else decode_arrow(Marks("p"), data, TABLE).events, at_ms)
         assert np.isfinite(table.columns.embedding).all() and np.isfinite(table.columns.counters).all()
     return table
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from liverank.v1 import ingest_pb2 as pb
 
 from server.errors import InvalidRequest
-from server.live.arrow_events import _Decoder
-from server.live.events import MAX_TIME_MS, DecodedBatch, EventColumns, decode_batch
+from server.live.arrow_events import decode_by_row
+from server.live.events import MAX_TIME_MS, DecodedBatch, EventColumns, Marks, decode_batch
 from tests.arrow_events import payload, to_batch, to_ipc, to_rows
 from tests.events import T0, apply, batch, event, new_table, small_settings, started
 
@@ -138,7 +138,7 @@ def test_a_window_into_larger_columns_decodes_as_if_it_were_alone(types: dict[st
     whole = to_batch(to_rows([*around, *ONE_OF_EACH, *around]), types)
     window = whole.slice(2, len(ONE_OF_EACH))
     assert window.column("count").offset == 2
-    assert_same(_Decoder("p", window, SETTINGS).decode(), decode_batch(batch(*ONE_OF_EACH), SETTINGS))
+    assert_same(decode_by_row(Marks("p"), window, SETTINGS), decode_batch(batch(*ONE_OF_EACH), SETTINGS))
 
 
 def test_null_is_the_default_of_its_field() -> None:
