@@ -107,9 +107,7 @@ def _spans(
 
 
 @njit(cache=True, nogil=True)
-def _texts(
-    words: NDArray[np.int64], column: NDArray[np.int64], n: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _texts(words: NDArray[np.int64], column: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(at, length) of the n rows of a column of texts; a null has length 0."""
     if column[FORM] < CODES:
         return _spans(words, column[VALIDITY], column[VALUES], column[FORM], column[BYTES], n)

@@ -190,7 +190,9 @@ def arrow_batch_applied(data: bytes) -> object:
     """As `event_batch_applied`."""
     table = new_table(TABLE)
     for at_ms in (T0, T0 + 700_000):
-        table.apply(decode_batch(payload(data), TABLE).events if data else decode_arrow(Marks("p"), data, TABLE).events, at_ms)
+        table.apply(
+            decode_batch(payload(data), TABLE).events if data else decode_arrow(Marks("p"), data, TABLE).events, at_ms
+        )
         assert np.isfinite(table.columns.embedding).all() and np.isfinite(table.columns.counters).all()
     return table
 
