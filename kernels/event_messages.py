@@ -1,8 +1,8 @@
 """Events off the wire: a serialised EventBatch to columns, without an object per event.
 
-Reads what every producer sends: known fields with their wire types, each once, and unknown fields of the simple wire
-types (skipped). Whatever else protobuf allows or refuses (groups, a field that comes twice, another wire type, bytes
-cut off, text that is not UTF-8, …) is left to the generated classes, which then decide about the whole batch: `outline`
+Reads what every producer sends: known fields with their wire types, and unknown fields of the simple wire types
+(skipped). Whatever else protobuf allows or refuses (groups, two payloads in one event, another wire type, bytes cut off,
+text that is not UTF-8, …) is left to the generated classes, which then decide about the whole batch: `outline`
 and `decode_messages` say "not sure" instead of guessing. So what is accepted never depends on this file.
 
 The wire format is described in https://protobuf.dev/programming-guides/encoding/; the fields in ingest.proto.
@@ -121,12 +121,12 @@ def _walk(
     events = 0
     for i in range(at_in.shape[0]):
         at, end = at_in[i], at_in[i] + lengths_in[i]
-        message, seen, payload_at, payload_end = outer, 0, at, at
+        message, payload_at, payload_end = outer, at, at
         while True:
             if at >= end:
                 if message != _HEADER or read[i, KIND] == 0 or read[i, KIND] == STARTED:
                     break
-                message, seen, at, end = read[i, KIND], 0, payload_at, payload_end
+                message, at, end = read[i, KIND], payload_at, payload_end
                 continue
             tag, shift, byte = np.int64(0), 0, np.int64(128)
             while byte >= 128:
@@ -185,10 +185,7 @@ def _walk(
                     events_at[events], events_lengths[events] = start, number
                 events += 1
                 continue
-            if message != _BATCH:  # of a batch's own fields the last counts, as protobuf has it
-                if (seen >> field) & 1:
-                    return _NONE
-                seen |= 1 << field
+            # Of a field that comes twice the last counts; payloads would have to be merged.
             if into == _PAYLOAD:
                 if read[i, KIND] != 0:
                     return _NONE
