@@ -379,7 +379,8 @@ def count_events(
     """`scatter_decayed` and `observe` in one pass, for those of n events that are ``counted``, in order.
 
     Args:
-        slots: int32[n], in range where counted. kinds: uint8[n]; values float64[n], >= 0. viewer_hash: uint64[n], 0 none.
+        slots: int32[n], in range where counted. kinds: uint8[n]; values float64[n], >= 0. viewer_hash: uint64[n],
+            0 none.
         first_counter, second_counter: int8[256], the counters to which a kind adds its value and 1, -1 none; none adds
             to the second alone. gauge, chat: the kinds that report viewers, and whose viewers are chatters.
 

@@ -79,6 +79,7 @@ for _place, (_, _kinds) in enumerate(_USES.values()):
 ABSENT, FIXED, TEXT32, TEXT64, CODES = range(5)
 """Forms of a column; the last stands for a dictionary."""
 FORM, VALIDITY, VALUES, WIDTH, BYTES, DICT_SIZE, DICT_VALIDITY, DICT_OFFSETS, DICT_FORM = range(9)
+N_DESCRIBED = 9
 """What the table says of a column: places, in bytes; validity -1 where nothing is null. VALUES: numbers, offsets of
 texts, or codes; WIDTH: bytes of a number or code. BYTES: of the texts. DICT_…: of the dictionary's texts."""
 
@@ -147,13 +148,13 @@ def _read_kinds(words: NDArray[np.int64], column: NDArray[np.int64], kinds: Name
         for i in range(n):
             read[i, KIND] = _known(data, kinds, at[i], lengths[i])
         return
-    # Each value of a dictionary is looked up once: its rows have the place of its bytes.
+    # Each value of a dictionary is looked up once.
     dict_at, dict_lengths = _spans(
         words, column[DICT_VALIDITY], column[DICT_OFFSETS], column[DICT_FORM], column[BYTES], column[DICT_SIZE]
     )
     by_code = np.empty(column[DICT_SIZE], np.int64)
-    for code in range(by_code.shape[0]):
-        by_code[code] = _known(data, kinds, dict_at[code], dict_lengths[code])
+    for value in range(by_code.shape[0]):
+        by_code[value] = _known(data, kinds, dict_at[value], dict_lengths[value])
     validity_at, width = column[VALIDITY], column[WIDTH]
     for i in range(n):
         if validity_at < 0 or (data[validity_at + (i >> 3)] >> (i & 7)) & 1:
@@ -172,7 +173,7 @@ def _read_numbers(
     first = column[VALUES] >> (3 if long else 2)
     for i in range(read.shape[0]):
         if wanted[read[i, KIND]] and (validity_at < 0 or (data[validity_at + (i >> 3)] >> (i & 7)) & 1):
-            read[i, into] = words[first + i] if long else np.int64(halves[first + i])
+            read[i, into] = words[first + i] if long else halves[first + i]
 
 
 @njit(cache=True, nogil=True)
@@ -225,8 +226,8 @@ def decode_columns(
 
     Cost: a pass per column; about 300 bytes written per event.
     """
-    if columns.shape != (len(COLUMNS), DICT_FORM + 1):
-        raise ValueError(f"columns: [{len(COLUMNS)}, {DICT_FORM + 1}] wanted, got {list(columns.shape)}")
+    if columns.shape != (len(COLUMNS), N_DESCRIBED):
+        raise ValueError(f"columns: [{len(COLUMNS)}, {N_DESCRIBED}] wanted, got {list(columns.shape)}")
     read = np.zeros((n, N_READ), np.int64)
     _read_rows(words, columns, kinds, read)
     return check_rows(words.view(np.uint8), read, currencies)

@@ -1,8 +1,8 @@
 """Events off the wire: a serialised EventBatch to columns, without an object per event.
 
 Reads what every producer sends: known fields with their wire types, and unknown fields of the simple wire types
-(skipped). Whatever else protobuf allows or refuses (groups, two payloads in one event, another wire type, bytes cut off,
-text that is not UTF-8, …) is left to the generated classes, which then decide about the whole batch: `outline`
+(skipped). Whatever else protobuf allows or refuses (groups, two payloads in one event, another wire type, bytes cut
+off, text that is not UTF-8, …) is left to the generated classes, which then decide about the whole batch: `outline`
 and `decode_messages` say "not sure" instead of guessing. So what is accepted never depends on this file.
 
 The wire format is described in https://protobuf.dev/programming-guides/encoding/; the fields in ingest.proto.
@@ -71,19 +71,19 @@ _PRODUCER, _ARROW, _OWN_ONLY, _MAX_STREAMS, _N_BATCH = 0, 2, 4, 5, 6
 
 for _message, _fields in {
     _HEADER: {
-        1: (_VARINT, SEQUENCE), 2: (_TEXT, STREAM_AT), 3: (_VARINT, EPOCH), 4: (_VARINT, TIME_MS), 5: (_TEXT, VIEWER_AT),
+        1: (_VARINT, SEQUENCE), 2: (_TEXT, STREAM_AT), 3: (_VARINT, EPOCH), 4: (_VARINT, TIME_MS),
+        5: (_TEXT, VIEWER_AT),
         **dict.fromkeys(range(STARTED, IMPRESSION + 1), (_BYTES, _PAYLOAD)),
     },
     _BATCH: {
         1: (_TEXT, _PRODUCER), 2: (_BYTES, _EVENTS), 3: (_BYTES, _ARROW), 4: (_VARINT, _OWN_ONLY),
         5: (_VARINT, _MAX_STREAMS),
     },
-    **dict.fromkeys(
-        (HEARTBEAT, VIEWER_COUNT, JOINED, LEFT, CHATTED, LIKED, FOLLOWED, SHARED, MODERATED), {1: (_VARINT, FIRST)}
-    ),
+    **{kind: {1: (_VARINT, FIRST)} for kind in (HEARTBEAT, VIEWER_COUNT, MODERATED)},
+    **{kind: {1: (_VARINT, FIRST)} for kind in (JOINED, LEFT, CHATTED, LIKED, FOLLOWED, SHARED)},
     END: {1: (_TEXT, TEXT_AT), 2: (_VARINT, SINCE_MS)},
     WATCHED: {1: (_FIXED32, SECONDS)},
-    **dict.fromkeys((BID, PURCHASED), {1: (_VARINT, FIRST), 2: (_TEXT, TEXT_AT)}),
+    **{kind: {1: (_VARINT, FIRST), 2: (_TEXT, TEXT_AT)} for kind in (BID, PURCHASED)},
     REPORTED: {1: (_TEXT, TEXT_AT)},
     # Its position is not used, but to be read as it is written.
     IMPRESSION: {1: (_TEXT, TEXT_AT), 2: (_VARINT, SINCE_MS), 3: (_VARINT, VERIFY_BY_MS), 4: (_VARINT, FIRST)},

@@ -51,14 +51,14 @@ class Names(NamedTuple):
 class Rows(NamedTuple):
     """Room for n events; the first counts[KEPT] rows are filled, in the order in which the events came.
 
-    index int32[n] (place among the events), sequence uint64[n], ids uint8[n, 64], id_lengths uint8[n], kind uint8[n],
-    epoch int64[n], time_ms int64[n], value float64[n], media_sequence int64[n], viewer_hash uint64[n]: as
+    place int32[n] (among the events, its index), sequence uint64[n], ids uint8[n, 64], id_lengths uint8[n], kind
+    uint8[n], epoch int64[n], time_ms int64[n], value float64[n], media_sequence int64[n], viewer_hash uint64[n]: as
     `server.live.events.EventColumns` has them. Only where the kind has them, else rubbish: reason_at, reason_length
     int64[n] (bytes of the source, of an end), served_ms, verify_by_ms int64[n] (of an impression).
     refused int32[n]: the first counts[REFUSED] are places of events that were not kept. counts int64[5].
     """
 
-    index: NDArray[np.int32]
+    place: NDArray[np.int32]
     sequence: NDArray[np.uint64]
     ids: NDArray[np.uint8]
     id_lengths: NDArray[np.uint8]
@@ -119,7 +119,7 @@ def number_of(names: Names, data: NDArray[np.uint8], at: int, length: int) -> fl
 @njit(cache=True, nogil=True)
 def _check(data: NDArray[np.uint8], read: NDArray[np.int64], currencies: Names) -> tuple[NDArray[Any], ...]:
     n = read.shape[0]
-    index, sequences, ids = np.empty(n, np.int32), np.empty(n, np.uint64), np.empty((n, ID_BYTES), np.uint8)
+    places, sequences, ids = np.empty(n, np.int32), np.empty(n, np.uint64), np.empty((n, ID_BYTES), np.uint8)
     id_lengths, kinds, epochs = np.empty(n, np.uint8), np.empty(n, np.uint8), np.empty(n, np.int64)
     times_ms, values, media_sequences = np.empty(n, np.int64), np.empty(n, np.float64), np.empty(n, np.int64)
     viewer_hashes, reason_at, reason_lengths = np.empty(n, np.uint64), np.empty(n, np.int64), np.empty(n, np.int64)
@@ -140,7 +140,7 @@ def _check(data: NDArray[np.uint8], read: NDArray[np.int64], currencies: Names) 
             bits[0] = read[i, SECONDS]
             value = float(seconds[0])
             sound = sound and 0.0 <= value <= MAX_WATCH_SECONDS  # false for NaN, too
-        elif kind == BID or kind == PURCHASED:
+        elif kind == BID or kind == PURCHASED:  # noqa: SIM109 - no list in a compiled loop
             value = float(first) * number_of(currencies, data, read[i, TEXT_AT], text_length)
             sound = sound and 0 <= first <= MAX_AMOUNT_MINOR and not np.isnan(value)
         elif kind == REPORTED:
@@ -149,7 +149,7 @@ def _check(data: NDArray[np.uint8], read: NDArray[np.int64], currencies: Names) 
         elif kind == MODERATED:
             sound = sound and BLOCK <= first <= CLEAR_SPAM
             value = float(first)
-        elif kind == STARTED or kind == HEARTBEAT:
+        elif kind == STARTED or kind == HEARTBEAT:  # noqa: SIM109 - no list in a compiled loop
             sound = sound and epoch != 0
         elif kind == END:
             since_ms = read[i, SINCE_MS]
@@ -165,7 +165,7 @@ def _check(data: NDArray[np.uint8], read: NDArray[np.int64], currencies: Names) 
             refused[refusals] = i
             refusals += 1
             continue
-        index[row], sequences[row], kinds[row], epochs[row] = i, np.uint64(sequence), kind, epoch
+        places[row], sequences[row], kinds[row], epochs[row] = i, np.uint64(sequence), kind, epoch
         times_ms[row], values[row], id_lengths[row], media_sequences[row] = time_ms, value, id_length, 0
         at = read[i, STREAM_AT]
         for k in range(id_length):
@@ -191,7 +191,7 @@ def _check(data: NDArray[np.uint8], read: NDArray[np.int64], currencies: Names) 
         row += 1
     counts[KEPT], counts[REFUSED] = row, refusals
     return (
-        index, sequences, ids, id_lengths, kinds, epochs, times_ms, values, media_sequences, viewer_hashes,
+        places, sequences, ids, id_lengths, kinds, epochs, times_ms, values, media_sequences, viewer_hashes,
         reason_at, reason_lengths, served_ms, verify_by_ms, refused, counts,
     )  # fmt: skip
 

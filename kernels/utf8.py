@@ -13,7 +13,7 @@ def is_ascii(data: NDArray[np.uint8], at: int, end: int) -> bool:
     seen = np.uint8(0)
     for i in range(at, end):
         seen |= data[i]
-    return seen < 128
+    return bool(seen < 128)
 
 
 @njit(cache=True, nogil=True)

@@ -1,8 +1,8 @@
 """`liverank bench ingest`: events per second that are durable and applied, against Redis doing the same counting.
 
 Rivals take turns within one run, with the same events in batches of the same size, and ratios are taken per round.
-Everything is encoded before the clock starts. Events go over several connections at once, as many batches as each server
-takes. CPU is user and system time of the server's process alone, our ticks and score refreshes included.
+Everything is encoded before the clock starts. Events go over several connections at once, as many batches as each
+server takes. CPU is user and system time of the server's process alone, our ticks and score refreshes included.
 Floor: Redis with one HINCRBY per event, not durable: no fences, no decay, no distinct viewers, no ranking table.
 """
 
@@ -44,7 +44,7 @@ REDIS_SAME, REDIS_LAX, REDIS_COUNTS = "redis always", "redis everysec", "redis c
 TOLD = {
     MESSAGES: "fenced, deduplicated, decayed sums, distinct viewers, one ranking table",
     ARROW: "the same, from Arrow columns",
-    REDIS_SAME: "the same decayed sums (weights made by the client) and distinct viewers; no fences, no duplicates told",
+    REDIS_SAME: "the same decayed sums (weights made by the client), distinct viewers; no fences, no duplicates told",
     REDIS_LAX: "the same, up to a second of it lost with the power",
     REDIS_COUNTS: "one HINCRBY per event",
 }
@@ -260,8 +260,8 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     for row in result["rows"]:
         table.add_row(
             row["rival"], f"{row['batch']:,}", "yes" if row["durable"] else "no", row["does"],
-            f"{row['events_per_s']:,}", f"{row['server_cpu_us_per_event']:.2f}", f"{row['client_cpu_us_per_event']:.2f}",
-            f"{row['events_per_server_core_second']:,}",
+            f"{row['events_per_s']:,}", f"{row['server_cpu_us_per_event']:.2f}",
+            f"{row['client_cpu_us_per_event']:.2f}", f"{row['events_per_server_core_second']:,}",
         )  # fmt: skip
     console.print(table)
     for name, ratio in result["ratios_events_per_server_core_second"].items():

@@ -14,7 +14,7 @@ import pyarrow as pa
 from liverank.v1 import ingest_pb2 as pb
 from numpy.typing import NDArray
 
-from kernels.event_arrow import CODES, COLUMNS, DICT_FORM, TEXT32, TEXT64, decode_columns, text_bytes
+from kernels.event_arrow import CODES, COLUMNS, N_DESCRIBED, TEXT32, TEXT64, decode_columns, text_bytes
 from kernels.event_rows import pack_names
 from server.config import TableSettings
 from server.errors import InvalidRequest
@@ -60,7 +60,7 @@ def _columns(batch: Any, layout: tuple[Column, ...], words: NDArray[np.int64]) -
     Raises:
         InvalidRequest: a column has too much text.
     """
-    table, spare = np.zeros((len(COLUMNS), DICT_FORM + 1), np.int64), np.zeros(DICT_FORM + 1, np.int64)
+    table, spare = np.zeros((len(COLUMNS), N_DESCRIBED), np.int64), np.zeros(N_DESCRIBED, np.int64)
     begin, much = words.ctypes.data, words.nbytes > MAX_TEXT_BYTES
     for number, (name, form, width, dict_form) in enumerate(layout):
         place = _PLACES.get(name)
@@ -105,9 +105,9 @@ def message_of(batch: Any, row: int) -> Any:
         sequence=get("sequence", 0), stream_id=get("stream_id", ""), epoch=get("epoch", 0),
         event_time_ms=get("event_time_ms", 0), viewer_id=get("viewer_id", ""),
     )  # fmt: skip
-    case = get("kind")
-    if not isinstance(case, str):
-        case = KIND_NAMES.get(case)
+    case = get("kind", "")
+    if isinstance(case, int):
+        case = KIND_NAMES.get(case, "")
     if case not in KINDS:
         return event
     payload = getattr(event, case)

@@ -25,14 +25,14 @@ from kernels.event_rows import (
     MAX_AMOUNT_MINOR,
     MAX_COUNT,
     MAX_I63,
-    MAX_TIME_MS,
-    MAX_WATCH_SECONDS,
     REFUSED,
     STARTS,
     Names,
     Rows,
     pack_names,
 )
+from kernels.event_rows import MAX_TIME_MS as MAX_TIME_MS  # for whoever builds events, too
+from kernels.event_rows import MAX_WATCH_SECONDS as MAX_WATCH_SECONDS
 from kernels.idmap import ID_BYTES, hash_ids, pack_ids
 from server.config import TableSettings
 from server.errors import InvalidRequest
@@ -361,12 +361,12 @@ def finished(
     refused_starts: list[int] = []
     if rows.counts[STARTS]:
         for row in np.flatnonzero(rows.kind[: rows.counts[KEPT]] == fence.STARTED).tolist():
-            event = message(int(rows.index[row]))
+            event = message(int(rows.place[row]))
             try:
                 start = check_event(event, settings)[2]
             except Reject as reject:
                 refused_starts.append(row)
-                rejected.append(Rejection(int(rows.index[row]), event.sequence, reject.code, str(reject)))
+                rejected.append(Rejection(int(rows.place[row]), event.sequence, reject.code, str(reject)))
             else:
                 assert start is not None
                 started[row - len(refused_starts)] = start
@@ -378,8 +378,11 @@ def _columns(
     marks: Marks, rows: Rows, without: list[int], data: NDArray[np.uint8], started: dict[int, StartedRow]
 ) -> EventColumns:
     """The filled rows as columns, but for those in ``without``."""
-    kept, of_rows = int(rows.counts[KEPT]), rows[: Rows._fields.index("refused")]
-    columns = Rows(*(np.delete(c[:kept], without, 0) if without else c[:kept] for c in of_rows), *rows[len(of_rows) :])
+    kept, filled = int(rows.counts[KEPT]), Rows._fields.index("refused")
+    parts: list[Any] = [c[:kept] for c in rows[:filled]]
+    if without:
+        parts = [np.delete(part, without, 0) for part in parts]
+    columns = Rows(*parts, *rows[filled:])
     ended_reason: dict[int, str] = {}
     if rows.counts[ENDS]:
         for row in np.flatnonzero(columns.kind == fence.END).tolist():
@@ -390,7 +393,7 @@ def _columns(
         impressions = np.flatnonzero(columns.kind == fence.IMPRESSION).astype(np.int32)
     return EventColumns(
         producer_id=marks.producer_id,
-        index=columns.index,
+        index=columns.place,
         sequence=columns.sequence,
         ids=columns.ids,
         id_lengths=columns.id_lengths,

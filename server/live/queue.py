@@ -46,7 +46,9 @@ class DeviceQueue:
     def count(self, events: Counted, landmark_ms: int) -> None:
         """See `Accumulators`."""
         self._settle_cleared()
-        slots, kind, value, time_ms, viewer_hash = (column[events.current] for column in events[:-1])
+        current = events.current
+        slots, kind, value = events.slots[current], events.kind[current], events.value[current]
+        time_ms, viewer_hash = events.time_ms[current], events.viewer_hash[current]
         ones = np.ones(len(slots), np.float64)
         grown = grow_events(
             slots, FIRST_COUNTER[kind], value, SECOND_COUNTER[kind], ones, time_ms, landmark_ms

@@ -31,7 +31,7 @@ from server.errors import (
 )
 from server.live.arrow_events import decode_arrow
 from server.live.ends import EndFeed
-from server.live.events import KINDS, Marks, decode_batch
+from server.live.events import KINDS, Marks, decode_batch, decode_by_message
 from server.live.features import FeatureSet
 from server.live.state import StateBuffer, restore
 from server.live.table import End
@@ -148,7 +148,20 @@ def _event_batches() -> list[bytes]:
 
 @target(_event_batches, InvalidRequest)
 def event_batch(data: bytes) -> object:
-    decoded = decode_batch(data, TABLE)
+    try:
+        told = decode_by_message(data, TABLE)
+    except InvalidRequest:
+        told = None
+    try:
+        decoded = decode_batch(data, TABLE)
+    except InvalidRequest:
+        assert told is None, "the generated classes accept it"
+        raise
+    assert told is not None, "the generated classes refuse it"
+    assert decoded.rejected == told.rejected, "the generated classes refuse other events"
+    assert np.array_equal(decoded.events.value, told.events.value) and np.array_equal(
+        decoded.events.ids, told.events.ids
+    )
     places = sorted([*decoded.events.index.tolist(), *(r.index for r in decoded.rejected)])
     assert places == list(range(len(places))), "every event is accounted for, once"
     return decoded

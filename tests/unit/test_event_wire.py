@@ -96,8 +96,8 @@ def test_any_fields_in_any_order_mean_what_the_generated_classes_say(payload: by
 SOUND = field(1, 0, b"\x07") + field(2, 2, b"s") + field(3, 0, b"\x01") + field(4, 0, varint(T0))
 CONTENTS = {
     0: [b"\x00", b"\x02", b"\x04", varint(T0), varint(-5), varint(1 << 31), varint((1 << 32) + 2), varint(1 << 63),
-        varint((1 << 63) + (1 << 32) + 3), b"\x82\x00", b"\x82" + b"\x80" * 8 + b"\x00", b"\x82" + b"\x80" * 8 + b"\x02",
-        b"\x80" * 10 + b"\x00", b"\x80"],
+        varint((1 << 63) + (1 << 32) + 3), b"\x82\x00", b"\x82" + b"\x80" * 8 + b"\x00",
+        b"\x82" + b"\x80" * 8 + b"\x02", b"\x80" * 10 + b"\x00", b"\x80"],
     1: [b"8 bytes.", b"7 bytes"],
     2: [b"", b"USD", b"x" * 65, "é".encode(), b"\xff", b"\x08\x05", b"\x00\x00\x80\x3f"],
     3: [b"", b"\x08\x01"], 4: [b""],
