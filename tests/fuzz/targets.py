@@ -29,7 +29,8 @@ from server.errors import (
     SnapshotError,
     Unauthenticated,
 )
-from server.live.arrow_events import decode_arrow
+from server.live.arrow_events import decode_arrow, decode_by_row
+from server.live.arrow_schema import read_batch
 from server.live.ends import EndFeed
 from server.live.events import KINDS, Marks, decode_batch, decode_by_message
 from server.live.features import FeatureSet
@@ -193,6 +194,11 @@ def _arrow_batches() -> list[bytes]:
 def arrow_batch(data: bytes) -> object:
     """Bare, so that changes hit the columns and not the message around them."""
     decoded = decode_arrow(Marks("p"), data, TABLE)
+    told = decode_by_row(Marks("p"), read_batch(data, TABLE.max_events_per_batch), TABLE)
+    assert decoded.rejected == told.rejected, "row by row other events are refused"
+    assert np.array_equal(decoded.events.value, told.events.value) and np.array_equal(
+        decoded.events.ids, told.events.ids
+    )
     places = sorted([*decoded.events.index.tolist(), *(r.index for r in decoded.rejected)])
     assert places == list(range(len(places))), "every row is accounted for, once"
     return decoded
