@@ -17,7 +17,8 @@ from kernels.slate import Outcome
 from kernels.verify import Drop
 from server.admission.gate import ShedReason
 from server.batching.base import Priority, Waiting
-from server.live.events import KIND_NAMES, Rejection
+from server.live.event_checks import KIND_NAMES
+from server.live.events import Rejection
 from server.live.features import FeatureSet, State
 from server.live.impressions import Cause
 from server.live.table import Applied, End, Expired, LiveTable

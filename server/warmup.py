@@ -19,7 +19,8 @@ from kernels.event_rows import pack_names
 from server.clock import ManualClock
 from server.config import Settings
 from server.engine import Engine
-from server.live.events import KIND_NAMES, KINDS, decode_batch, packed_currencies
+from server.live.event_checks import KIND_NAMES, KINDS
+from server.live.events import decode_batch, packed_currencies
 from server.live.features import FeatureSet
 from server.ranking.explain import explain
 from server.ranking.slates import ReplyState

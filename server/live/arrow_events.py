@@ -19,7 +19,8 @@ from kernels.event_rows import pack_names
 from server.config import TableSettings
 from server.errors import InvalidRequest
 from server.live.arrow_schema import LISTS, Column, read_laid_out
-from server.live.events import KIND_NAMES, KINDS, DecodedBatch, Marks, columns_of, finished, packed_currencies
+from server.live.event_checks import KIND_NAMES, KINDS
+from server.live.events import DecodedBatch, Marks, columns_of, finished, packed_currencies
 
 MAX_TEXT_BYTES = 16 << 20
 """Text of one column with its dictionary applied. Few bytes on the wire could stand for any number otherwise."""

@@ -23,7 +23,8 @@ from kernels.idmap import IdMap
 from server.config import TableSettings
 from server.live.accumulators import FIRST_COUNTER, SECOND_COUNTER, Accumulators, Counted, HostAccumulators
 from server.live.columns import Columns
-from server.live.events import EventColumns, StartedRow
+from server.live.event_checks import StartedRow
+from server.live.events import EventColumns
 from server.live.interner import Interner
 
 

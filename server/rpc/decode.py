@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kernels.idmap import ID_BYTES
 from server.config import Settings
 from server.errors import InvalidRequest
-from server.live.events import norm_problem
+from server.live.event_checks import norm_problem
 from server.live.table import unit
 from server.retrieval.query import RankQuery
 

@@ -32,7 +32,8 @@ from server.errors import (
 from server.live.arrow_events import decode_arrow, decode_by_row
 from server.live.arrow_schema import read_batch
 from server.live.ends import EndFeed
-from server.live.events import KINDS, Marks, decode_batch, decode_by_message
+from server.live.event_checks import KINDS
+from server.live.events import Marks, decode_batch, decode_by_message
 from server.live.features import FeatureSet
 from server.live.state import StateBuffer, restore
 from server.live.table import End

@@ -15,7 +15,8 @@ from liverank.v1 import ingest_pb2 as pb
 
 from server.errors import InvalidRequest
 from server.live.arrow_events import decode_by_row
-from server.live.events import MAX_TIME_MS, DecodedBatch, EventColumns, Marks, decode_batch
+from server.live.event_checks import MAX_TIME_MS
+from server.live.events import DecodedBatch, EventColumns, Marks, decode_batch
 from tests.arrow_events import payload, to_batch, to_ipc, to_rows
 from tests.events import T0, apply, batch, event, new_table, small_settings, started
 
