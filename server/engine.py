@@ -356,15 +356,14 @@ class Engine:
             events = batch.events
             applied = self._apply_record(record, batch)
             self.streams.forget_changed_sessions(applied.touched)
-            moderated = np.flatnonzero((events.kind == fence.MODERATED) & (applied.codes == 0))
-            if len(moderated):
-                slots = self.table.map.lookup(events.ids[moderated], events.id_lengths[moderated])
-                self.streams.apply_moderation(slots, record.applied_ms)
+            if applied.by_kind[fence.MODERATED]:
+                moderated = (events.kind == fence.MODERATED) & (applied.codes == fence.APPLIED)
+                self.streams.apply_moderation(applied.slots[moderated], record.applied_ms)
             self._touched.append(applied.touched)
             self._publish_ends(applied.ends)
-            self._recorder.applied(events, applied)
-            if seen := [row for row in events.impressions if applied.codes[row] == fence.APPLIED]:
-                self._recorder.impressions(self._end_times.causes(events, seen))
+            self._recorder.applied(applied)
+            if seen := int(applied.by_kind[fence.IMPRESSION]):
+                self._recorder.impressions(seen, self._end_times.causes(events, applied, self.table.columns))
             if committed.submission is not None:
                 outcomes.append((committed.submission, PublishResult(record.offset, applied.codes)))
         self._commit.applied(1)
