@@ -17,6 +17,7 @@ from kernels.backend import CPU, Backend
 from kernels.event_arrow import COLUMNS, N_DESCRIBED, decode_columns, text_bytes
 from kernels.event_rows import pack_names
 from kernels.idmap import hash_ids, pack_ids
+from kernels.unit import to_unit
 from server.clock import ManualClock
 from server.config import Settings
 from server.engine import Engine
@@ -95,6 +96,7 @@ def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, ba
         for slates in (pipeline.rank(batch), pipeline.popular(batch)):
             encode_replies(slates, state, table, 0.0)
     explain(table, streams, features, pipeline, _queries(settings, 1)[0], "s1", 0)
+    to_unit(np.ones(settings.table.embedding_dim, np.float32))  # of the first request that brings an embedding
 
 
 def _compile_columns(settings: Settings) -> None:
