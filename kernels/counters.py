@@ -289,6 +289,145 @@ def observe(
                 chatter_registers[slot, register] = rank
 
 
+class Sessions(NamedTuple):
+    """What happened in the session of each of C rows; changed in place.
+
+    counters float32[C, N_COUNTERS, 3], last_event_ms int64[C], viewers float32[C], viewers_ms int64[C],
+    viewer_registers, chatter_registers uint8[C, M], M a power of two.
+    """
+
+    counters: NDArray[np.float32]
+    last_event_ms: NDArray[np.int64]
+    viewers: NDArray[np.float32]
+    viewers_ms: NDArray[np.int64]
+    viewer_registers: NDArray[np.uint8]
+    chatter_registers: NDArray[np.uint8]
+
+
+@njit(cache=True, nogil=True)
+def _count_events(
+    sessions: Sessions,
+    slots: NDArray[np.int32],
+    kinds: NDArray[np.uint8],
+    values: NDArray[np.float64],
+    time_ms: NDArray[np.int64],
+    viewer_hash: NDArray[np.uint64],
+    counted: NDArray[np.bool_],
+    landmark_ms: int,
+    first_counter: NDArray[np.int8],
+    second_counter: NDArray[np.int8],
+    half_lives_ms: NDArray[np.int64],
+    gauge: int,
+    chat: int,
+) -> None:
+    counters, last_event_ms = sessions.counters, sessions.last_event_ms
+    viewers, viewers_ms = sessions.viewers, sessions.viewers_ms
+    viewer_registers, chatter_registers = sessions.viewer_registers, sessions.chatter_registers
+    m = np.uint64(viewer_registers.shape[1])
+    shift = np.uint64(0)
+    while (np.uint64(1) << shift) < m:
+        shift += np.uint64(1)
+    n_half_lives = half_lives_ms.shape[0]
+    grown, grown_ms = np.empty(n_half_lives, np.float64), np.int64(-1)
+    for i in range(slots.shape[0]):
+        if not counted[i]:
+            continue
+        s, kind, at_ms, value = slots[i], kinds[i], time_ms[i], values[i]
+        first, second = first_counter[kind], second_counter[kind]
+        if first >= 0:
+            if at_ms != grown_ms:
+                grown_ms = at_ms
+                for h in range(n_half_lives):
+                    grown[h] = 2.0 ** ((at_ms - landmark_ms) / half_lives_ms[h])
+            for h in range(n_half_lives):
+                counters[s, first, h] += np.float32(value * grown[h])
+            if second >= 0:
+                for h in range(n_half_lives):
+                    counters[s, second, h] += np.float32(grown[h])
+        last_event_ms[s] = max(last_event_ms[s], at_ms)
+        if kind == gauge and at_ms >= viewers_ms[s]:
+            viewers[s] = np.float32(value)
+            viewers_ms[s] = at_ms
+        if viewer_hash[i] != 0:
+            register = viewer_hash[i] & (m - np.uint64(1))
+            rest = viewer_hash[i] >> shift
+            rank = 1
+            while rank <= 50 and (rest & np.uint64(1)) == 0:
+                rest >>= np.uint64(1)
+                rank += 1
+            if rank > viewer_registers[s, register]:
+                viewer_registers[s, register] = rank
+            if kind == chat and rank > chatter_registers[s, register]:
+                chatter_registers[s, register] = rank
+
+
+def count_events(
+    sessions: Sessions,
+    slots: NDArray[np.int32],
+    kinds: NDArray[np.uint8],
+    values: NDArray[np.float64],
+    time_ms: NDArray[np.int64],
+    viewer_hash: NDArray[np.uint64],
+    counted: NDArray[np.bool_],
+    landmark_ms: int,
+    *,
+    first_counter: NDArray[np.int8],
+    second_counter: NDArray[np.int8],
+    gauge: int,
+    chat: int,
+) -> None:
+    """`scatter_decayed` and `observe` in one pass, for those of n events that are ``counted``, in order.
+
+    Args:
+        slots: int32[n], in range where counted. kinds: uint8[n]; values float64[n], >= 0. viewer_hash: uint64[n],
+            0 none.
+        first_counter, second_counter: int8[256], the counters to which a kind adds its value and 1, -1 none; none adds
+            to the second alone. gauge, chat: the kinds that report viewers, and whose viewers are chatters.
+
+    Raises:
+        ValueError: a column's length differs from that of ``slots``, a counted slot is outside the table, or
+        ``counters`` is not C-contiguous.
+
+    Cost: 3 exp2 per event whose time differs from that of the one before, at most 6 float adds; 3 cache lines touched.
+    """
+    for name, column in (
+        ("kinds", kinds), ("values", values), ("time_ms", time_ms), ("viewer_hash", viewer_hash), ("counted", counted),
+    ):  # fmt: skip
+        if column.shape != slots.shape:
+            raise ValueError(f"{name}: shape {slots.shape} wanted, got {column.shape}")
+    if len(slots) and int(slots.max()) >= sessions.counters.shape[0]:
+        raise ValueError(f"slots: 0 to {sessions.counters.shape[0] - 1} allowed")
+    if not sessions.counters.flags.c_contiguous:
+        raise ValueError("counters: must be C-contiguous")
+    _count_events(
+        sessions, slots, kinds, values, time_ms, viewer_hash, counted, landmark_ms, first_counter, second_counter,
+        _HALF_LIVES, gauge, chat,
+    )  # fmt: skip
+
+
+def count_events_reference(
+    sessions: Sessions,
+    slots: NDArray[np.int32],
+    kinds: NDArray[np.uint8],
+    values: NDArray[np.float64],
+    time_ms: NDArray[np.int64],
+    viewer_hash: NDArray[np.uint64],
+    counted: NDArray[np.bool_],
+    landmark_ms: int,
+    *,
+    first_counter: NDArray[np.int8],
+    second_counter: NDArray[np.int8],
+    gauge: int,
+    chat: int,
+) -> None:
+    """Plain version of `count_events`."""
+    at, kind, value, ms = slots[counted], kinds[counted], values[counted], time_ms[counted]
+    scatter_decayed_reference(
+        sessions.counters, at, first_counter[kind], value, second_counter[kind], np.ones(len(at)), ms, landmark_ms
+    )
+    observe(at, ms, np.where(kind == gauge, value, -1.0), viewer_hash[counted], kind == chat, *sessions[1:])
+
+
 @njit(cache=True, nogil=True)
 def _estimate(registers: NDArray[np.uint8]) -> NDArray[np.float32]:
     m = registers.shape[1]

@@ -37,15 +37,24 @@ def id_words(ids: NDArray[np.uint8]) -> NDArray[np.int64]:
     return (words ^ np.uint64(1 << 63)).view(np.int64)
 
 
+FNV_BASIS, FNV_PRIME = np.uint64(14695981039346656037), np.uint64(1099511628211)
+
+
 @njit(cache=True, nogil=True)
-def _hash_row(row: NDArray[np.uint8], length: int) -> np.uint64:
-    """FNV-1a over the bytes, then the splitmix64 finaliser (FNV's low bits alone cluster)."""
-    h = np.uint64(14695981039346656037)
-    for i in range(length):
-        h = (h ^ np.uint64(row[i])) * np.uint64(1099511628211)
+def finish_hash(h: np.uint64) -> np.uint64:
+    """The splitmix64 finaliser: FNV's low bits alone cluster."""
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return h ^ (h >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def _hash_row(row: NDArray[np.uint8], length: int) -> np.uint64:
+    """FNV-1a over the bytes, finished."""
+    h = FNV_BASIS
+    for i in range(length):
+        h = (h ^ np.uint64(row[i])) * FNV_PRIME
+    return finish_hash(h)
 
 
 @njit(cache=True, nogil=True)
@@ -53,8 +62,7 @@ def _hash_ids(ids: NDArray[np.uint8], lengths: NDArray[np.uint8]) -> NDArray[np.
     out = np.zeros(ids.shape[0], dtype=np.uint64)
     for i in range(ids.shape[0]):
         if lengths[i] > 0:
-            h = _hash_row(ids[i], lengths[i])
-            out[i] = h if h != 0 else np.uint64(1)
+            out[i] = max(_hash_row(ids[i], lengths[i]), np.uint64(1))
     return out
 
 
@@ -65,16 +73,6 @@ def hash_ids(ids: NDArray[np.uint8], lengths: NDArray[np.uint8]) -> NDArray[np.u
 
 
 @njit(cache=True, nogil=True)
-def _equal(a: NDArray[np.uint8], a_length: int, b: NDArray[np.uint8], b_length: int) -> bool:
-    if a_length != b_length:
-        return False
-    for i in range(a_length):  # noqa: SIM110 - numba compiles the loop, not any()
-        if a[i] != b[i]:
-            return False
-    return True
-
-
-@njit(cache=True, nogil=True)
 def _lookup(
     buckets: NDArray[np.int32],
     table_ids: NDArray[np.uint8],
@@ -82,15 +80,25 @@ def _lookup(
     ids: NDArray[np.uint8],
     lengths: NDArray[np.uint8],
 ) -> NDArray[np.int32]:
+    # Hashes and compares in place, as `_hash_row` does: a call that takes an array would cost more than its work.
     mask = np.uint64(buckets.shape[0] - 1)
     out = np.full(ids.shape[0], _EMPTY, dtype=np.int32)
+    words, table_words = ids.view(np.uint64), table_ids.view(np.uint64)
     for i in range(ids.shape[0]):
-        at = _hash_row(ids[i], lengths[i]) & mask
+        h, length = FNV_BASIS, lengths[i]
+        for k in range(length):
+            h = (h ^ np.uint64(ids[i, k])) * FNV_PRIME
+        at = finish_hash(h) & mask
+        n_words = (np.int64(length) + 7) >> 3
         while buckets[at] != _EMPTY:
             slot = buckets[at]
-            if _equal(table_ids[slot], table_lengths[slot], ids[i], lengths[i]):
-                out[i] = slot
-                break
+            if table_lengths[slot] == length:
+                k = 0
+                while k < n_words and words[i, k] == table_words[slot, k]:  # ids are padded with zeros
+                    k += 1
+                if k == n_words:
+                    out[i] = slot
+                    break
             at = (at + np.uint64(1)) & mask
     return out
 
@@ -188,7 +196,7 @@ class IdMap:
     def lookup(self, ids: NDArray[np.uint8], lengths: NDArray[np.uint8]) -> NDArray[np.int32]:
         """Slots int32[n] of ids uint8[n, 64]; -1 where unknown. O(n) expected, no Python per id."""
         _check_ids(ids, lengths)
-        return np.asarray(_lookup(self._buckets, self._ids, self._lengths, ids, lengths))
+        return np.asarray(_lookup(self._buckets, self._ids, self._lengths, np.ascontiguousarray(ids), lengths))
 
     def lookup_hashes(self, hashes: NDArray[np.uint64]) -> NDArray[np.int32]:
         """Slots int32[n] of ids given by `hash_ids` of them, uint64[n]; -1 where unknown, and for 0."""

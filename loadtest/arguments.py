@@ -36,7 +36,7 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--budget-seconds", type=float, default=160.0, help="slo: for all trials together")
     bench.add_argument("--minutes", type=float, default=10.0, help="soak: its length")
     bench.add_argument("--rate", type=float, help="soak, swap: Rank calls per second; soak: 70 %% of what is found")
-    bench.add_argument("--batch", type=int, default=1_000, help="ingest: events per message or pipeline")
+    bench.add_argument("--batch", type=int, nargs="+", help="ingest: events per message or pipeline")
     bench.add_argument("--triton", action="store_true", help="swap: the model on a real Triton, else in process")
     bench.add_argument("--full", action="store_true", help="scale: up to a million streams")
 
@@ -55,8 +55,8 @@ def run_bench(options: argparse.Namespace) -> int:
 
         from loadtest.bench.ingest import QUICK, Plan, run_ingest
 
-        plan = QUICK if quick else replace(Plan(), batch=options.batch)
-        return run_ingest(replace(plan, streams=streams))
+        plan = QUICK if quick else Plan()
+        return run_ingest(replace(plan, streams=streams, batches=tuple(options.batch or plan.batches)))
     if options.name == "freshness":
         from loadtest.bench.freshness import run_freshness
 

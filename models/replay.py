@@ -10,7 +10,8 @@ from kernels.idmap import pack_ids
 from loadtest.world import END_REASONS, EventKind, StreamColumns, WorldEvents, WorldSettings
 from models.telling import mix64
 from server.config import TableSettings
-from server.live.events import EventColumns, StartedRow
+from server.live.event_checks import StartedRow
+from server.live.events import EventColumns
 from server.live.table import LiveTable
 
 _INTERACTIONS = [

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from loadtest.world import EventKind, WorldEvents, WorldSettings
 from loadtest.world.events import COLUMN_DTYPES
-from server.live.events import MAX_WATCH_SECONDS
+from server.live.event_checks import MAX_WATCH_SECONDS
 
 # Hidden together or not at all. Liveness, moderation and the viewer gauge are always told.
 FAMILIES: dict[str, tuple[EventKind, ...]] = {

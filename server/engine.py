@@ -30,7 +30,7 @@ from server.clock import Clock
 from server.config import Settings
 from server.errors import Draining, LiverankError, OffsetNotReached
 from server.live.ends import EndFeed
-from server.live.events import DecodedBatch
+from server.live.events import DecodedBatch, EventColumns
 from server.live.features import FeatureSet
 from server.live.impressions import EndTimes
 from server.live.table import Applied, End, LiveTable
@@ -369,17 +369,14 @@ class Engine:
             events = batch.events
             applied = self._apply_record(record, batch)
             self.streams.forget_changed_sessions(applied.touched)
-            moderated = np.flatnonzero((events.kind == fence.MODERATED) & (applied.codes == 0))
-            if len(moderated):
-                slots = self.table.map.lookup(events.ids[moderated], events.id_lengths[moderated])
-                self.streams.apply_moderation(slots, record.applied_ms)
+            if applied.by_kind[fence.MODERATED]:
+                moderated = (events.kind == fence.MODERATED) & (applied.codes == fence.APPLIED)
+                self.streams.apply_moderation(applied.slots[moderated], record.applied_ms)
             self._touched.append(applied.touched)
             self._publish_ends(applied.ends)
-            self._recorder.applied(events, applied)
-            if seen := [row for row in events.impressions if applied.codes[row] == fence.APPLIED]:
-                causes = self._end_times.causes(events, seen)
-                self._recorder.impressions(causes)
-                self.candidate.saw(events.viewer_hash[seen], causes)
+            self._recorder.applied(applied)
+            if applied.by_kind[fence.IMPRESSION]:
+                self._saw(events, applied)
             if committed.submission is not None:
                 outcomes.append((committed.submission, PublishResult(record.offset, applied.codes)))
         self._commit.applied(1)
@@ -431,6 +428,14 @@ class Engine:
         state = self.reply_state()
         self._recorder.disclosed(state.level, state.score_age_ms, state.applied_offset)
         self._recorder.clock_stepped(self.clock.stepped_ms())
+
+    def _saw(self, events: EventColumns, applied: Applied) -> None:
+        """Counts what clients saw, and which of it was dead, for the server and for the version on trial."""
+        rows = events.impressions[applied.codes[events.impressions] == fence.APPLIED]
+        dead = self._end_times.causes(events, applied, self.table.columns)
+        self._recorder.impressions(len(rows), list(dead.values()))
+        viewers = events.viewer_hash
+        self.candidate.saw(viewers[rows], viewers[np.array(list(dead), np.int64)], list(dead.values()))
 
     def set_rules(self, book: RuleBook) -> None:
         """Takes other rules over, for all rows at once: no reply mixes the two."""

@@ -17,7 +17,8 @@ from kernels.slate import Outcome
 from kernels.verify import Drop
 from server.admission.gate import ShedReason
 from server.batching.base import Priority, Waiting
-from server.live.events import KIND_NAMES, EventColumns, Rejection
+from server.live.event_checks import KIND_NAMES
+from server.live.events import Rejection
 from server.live.features import FeatureSet, State
 from server.live.impressions import Cause
 from server.live.table import Applied, End, Expired, LiveTable
@@ -45,6 +46,7 @@ class Recorder:
         self._proposed_by = [metrics.source_candidates.labels(source.name) for source in SOURCES]
         self.model_transport: Callable[[], str] = lambda: ""
         """How tensors travel to the model now."""
+        self._events = {kind: metrics.events.labels(name) for kind, name in KIND_NAMES.items()}
         self._dead_by = {cause: metrics.dead_impressions.labels(cause.value) for cause in Cause}
         self._waits = {p: metrics.queue_wait_seconds.labels(p.name.lower()) for p in Priority}
         self._shed = {(r, p): metrics.shed.labels(r.value, p.name.lower()) for r in ShedReason for p in Priority}
@@ -62,18 +64,15 @@ class Recorder:
         for name in ("in_process", "plain", "system_shm", "cuda_shm"):
             self.metrics.model_transport.labels(name).set_function(partial(is_used, name))
 
-    def applied(self, events: EventColumns, applied: Applied) -> None:
+    def applied(self, applied: Applied) -> None:
         """One batch went through the table."""
-        ok = applied.codes == fence.APPLIED
-        self.events_applied += int(np.count_nonzero(ok))
-        for kind, count in enumerate(np.bincount(events.kind[ok], minlength=1)):
-            if count:
-                self.metrics.events.labels(KIND_NAMES[kind]).inc(int(count))
-        for code, count in enumerate(np.bincount(applied.codes[~ok], minlength=1)):
-            if count:
-                self._rejected(code, int(count))
-        stalled = np.count_nonzero(ok & (events.kind == fence.HEARTBEAT) & ~applied.renewed)
-        self.metrics.heartbeats_stalled.inc(int(stalled))
+        self.events_applied += int(applied.by_code[fence.APPLIED])
+        for kind in np.flatnonzero(applied.by_kind).tolist():
+            self._events[kind].inc(int(applied.by_kind[kind]))
+        for code in np.flatnonzero(applied.by_code[1:]).tolist():
+            self._rejected(code + 1, int(applied.by_code[code + 1]))
+        if heartbeats := int(applied.by_kind[fence.HEARTBEAT]):
+            self.metrics.heartbeats_stalled.inc(heartbeats - int(np.count_nonzero(applied.renewed)))
 
     def malformed(self, rejected: list[Rejection]) -> None:
         """Events refused before the table saw them. Any thread."""
@@ -88,16 +87,15 @@ class Recorder:
         """A batch is durable and applied."""
         seconds = max(0, now_ms - submission.received_ms) / 1000
         self.metrics.apply_seconds.observe(seconds)
-        kinds = submission.batch.events.kind
-        for _ in range(int(np.count_nonzero((kinds == fence.END) & (codes == fence.APPLIED)))):
-            self.metrics.end_to_gone_seconds.observe(seconds)
+        for row in submission.batch.events.ended_reason:
+            if codes[row] == fence.APPLIED:
+                self.metrics.end_to_gone_seconds.observe(seconds)
 
-    def impressions(self, causes: list[Cause | None]) -> None:
-        """Clients reported these impressions; a cause where the session was over by then."""
-        self.metrics.impressions.inc(len(causes))
+    def impressions(self, seen: int, causes: list[Cause]) -> None:
+        """Clients reported so many impressions; a cause for each whose session was over by then."""
+        self.metrics.impressions.inc(seen)
         for cause in causes:
-            if cause is not None:
-                self._dead_by[cause].inc()
+            self._dead_by[cause].inc()
 
     def clock_stepped(self, stepped_ms: int) -> None:
         """How far the machine's clock is from the server's."""

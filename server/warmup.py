@@ -14,11 +14,15 @@ import numpy as np
 from liverank.v1 import ingest_pb2 as pb
 
 from kernels.backend import CPU, Backend
+from kernels.event_arrow import COLUMNS, N_DESCRIBED, decode_columns, text_bytes
+from kernels.event_rows import pack_names
 from kernels.idmap import hash_ids, pack_ids
+from kernels.unit import to_unit
 from server.clock import ManualClock
 from server.config import Settings
 from server.engine import Engine
-from server.live.events import KIND_NAMES, decode_batch
+from server.live.event_checks import KIND_NAMES, KINDS
+from server.live.events import decode_batch, packed_currencies
 from server.live.features import FeatureSet
 from server.ranking.explain import explain
 from server.ranking.slates import ReplyState
@@ -78,6 +82,7 @@ def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, ba
     for payload in _events(now_ms, settings.table.embedding_dim):
         applied = table.apply(decode_batch(payload, small.table).events, now_ms)
         streams.forget_changed_sessions(applied.touched)
+    _compile_columns(small)
     table.expire(now_ms)
     rows = np.arange(table.rows, dtype=np.int32)
     streams.assess(rows, now_ms)
@@ -91,6 +96,14 @@ def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, ba
         for slates in (pipeline.rank(batch), pipeline.popular(batch)):
             encode_replies(slates, state, table, 0.0)
     explain(table, streams, features, pipeline, _queries(settings, 1)[0], "s1", 0)
+    to_unit(np.ones(settings.table.embedding_dim, np.float32))  # of the first request that brings an embedding
+
+
+def _compile_columns(settings: Settings) -> None:
+    """What reads columnar batches; without the library that they come with, which a server may never need."""
+    words, columns = np.zeros(1, np.int64), np.zeros((len(COLUMNS), N_DESCRIBED), np.int64)
+    decode_columns(words, columns, 0, pack_names(KINDS), packed_currencies(settings.table.currencies))
+    text_bytes(words, columns[0], 0)
 
 
 def _events(now_ms: int, dim: int) -> list[bytes]:

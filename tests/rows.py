@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from server.config import TableSettings
 from server.live.events import decode_batch
 from server.log.base import Record
 from server.log.commit import Committed
+from tests.arrow_events import payload, to_batch, to_ipc, to_rows
 from tests.events import T0, batch, event, small_settings
 
 TABLE = small_settings(max_future_ms=10_000, lease_ms=10_000_000)
@@ -38,6 +40,16 @@ class Log:
         record = Record(len(self.records) + 1, T0 + after_ms, batch(*events, producer=producer))
         self.records.append(Committed(record, decode_batch(record.payload, self.table)))
         return record.offset
+
+    def in_columns(self) -> Log:
+        """The same events as a producer with columns would have sent them."""
+        other = Log(self.table)
+        for committed in self.records:
+            sent = pb.EventBatch.FromString(committed.record.payload)
+            columns = payload(to_ipc(to_batch(to_rows(list(sent.events)))), sent.producer_id)
+            record = dataclasses.replace(committed.record, payload=columns)
+            other.records.append(Committed(record, decode_batch(columns, self.table)))
+        return other
 
     def play(self, job: Job) -> None:
         """Feeds everything to a job and ends it."""

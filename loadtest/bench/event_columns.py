@@ -18,18 +18,19 @@ KINDS = ("viewer_count", "joined", "left", "watched", "chatted", "liked", "follo
 _SHARES = np.array([0.10, 0.12, 0.08, 0.20, 0.16, 0.28, 0.02, 0.01, 0.02, 0.01])
 _UNIQUE = ("joined", "chatted")  # their viewers are counted once each
 _SECOND = {"viewer_count": "viewer_reports", "bid": "bid_value", "purchased": "purchase_value"}
+SPREAD_MS = 1_000
 MESSAGES, ARROW = "messages", "columns"
 
 
 @dataclass(frozen=True)
 class EventRows:
-    """n events: kind int8[n] of KINDS, row int64[n] of the catalogue, viewer int64[n], value int64[n], time_ms."""
+    """n events: kind int8[n] of KINDS, row int64[n] of the catalogue, viewer, value, time_ms int64[n], ascending."""
 
     kind: NDArray[np.int8]
     row: NDArray[np.int64]
     viewer: NDArray[np.int64]
     value: NDArray[np.int64]
-    time_ms: int
+    time_ms: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -40,10 +41,11 @@ class EventRows:
 
 
 def draw(n: int, streams: int, now_ms: int, rng: np.random.Generator, zipf: float = 1.0) -> EventRows:
-    """``n`` events on streams by popularity."""
+    """``n`` events of the second before ``now_ms``, on streams by popularity."""
     kind = rng.choice(len(KINDS), n, p=_SHARES).astype(np.int8)
     value = np.where(kind == KINDS.index("viewer_count"), rng.integers(0, 5_000, n), rng.integers(1, 60, n))
-    return EventRows(kind, zipf_draws(streams, zipf, n, rng), rng.integers(0, 1_000_000, n), value, now_ms)
+    time_ms = now_ms - SPREAD_MS + np.arange(n) * SPREAD_MS // n
+    return EventRows(kind, zipf_draws(streams, zipf, n, rng), rng.integers(0, 1_000_000, n), value, time_ms)
 
 
 def has_columns() -> bool:
@@ -59,7 +61,7 @@ def as_messages(rows: EventRows, part: slice, producer: str, first_sequence: int
         event = pb.Event(
             sequence=first_sequence + place - part.start,
             stream_id=stream_id(int(rows.row[place])),
-            event_time_ms=rows.time_ms,
+            event_time_ms=int(rows.time_ms[place]),
         )
         if kind in _UNIQUE:
             event.viewer_id = f"viewer-{rows.viewer[place]}"
@@ -89,7 +91,7 @@ def as_arrow(rows: EventRows, part: slice, producer: str, first_sequence: int) -
     columns = {
         "sequence": pa.array(np.arange(first_sequence, first_sequence + n, dtype=np.uint64)),
         "stream_id": pa.array([stream_id(row) for row in rows.row[part].tolist()], pa.utf8()),
-        "event_time_ms": pa.array(np.full(n, rows.time_ms, np.int64)),
+        "event_time_ms": pa.array(rows.time_ms[part]),
         "kind": pa.DictionaryArray.from_arrays(pa.array(kind), pa.array(list(KINDS))),
         "viewer_id": pa.array(viewers, pa.utf8()),
         "count": pa.array(np.where(counted, value, 1).astype(np.uint32)),
@@ -111,7 +113,8 @@ def as_redis(rows: EventRows, part: slice, landmark_ms: int) -> Pipeline:
     One hash per stream. The weights are computed here, not by Redis. What the live table does besides (sequence and
     epoch fences, leases, one ranking table) is not asked of Redis at all.
     """
-    growth = [2.0 ** ((rows.time_ms - landmark_ms) / half_life) for half_life in HALF_LIVES_MS]
+    age_ms = rows.time_ms[part] - landmark_ms
+    growth = np.stack([2.0 ** (age_ms / half_life) for half_life in HALF_LIVES_MS], 1).tolist()
     return pipeline(_commands(rows, part, growth))
 
 
@@ -123,7 +126,7 @@ def as_redis_counts(rows: EventRows, part: slice) -> Pipeline:
     )
 
 
-def _commands(rows: EventRows, part: slice, growth: list[float]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
+def _commands(rows: EventRows, part: slice, growth: list[list[float]]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
     for place in range(part.start, part.stop):
         kind, key = KINDS[rows.kind[place]], _key(rows, place)
         value = float(rows.value[place])
@@ -132,7 +135,7 @@ def _commands(rows: EventRows, part: slice, growth: list[float]) -> Iterator[tup
         if kind in _SECOND:
             amounts[_SECOND[kind]] = 1.0 if kind == "viewer_count" else value
         for counter, amount in amounts.items():
-            for half_life, factor in zip(HALF_LIVES_MS, growth, strict=True):
+            for half_life, factor in zip(HALF_LIVES_MS, growth[place - part.start], strict=True):
                 words = (b"HINCRBYFLOAT", key, b"%b:%d" % (counter.encode(), half_life), b"%.9g" % (amount * factor))
                 yield 2, words
         if kind in _UNIQUE:

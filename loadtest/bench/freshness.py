@@ -84,6 +84,7 @@ def run_freshness(streams: int = 10_000, seconds: float = 30.0, find_s: float = 
         "acknowledged_end_to_gone": samples(seen.gone_s),
         "acknowledged_end_to_watch_ended": samples(seen.told_s),
         "never_told": seen.never_told,
+        "looks_shed": seen.shed,
         "streams": streams,
         "load": load.summary() | {"arrivals_per_s": round(LOAD * most, 1), "share_of_most": LOAD},
         "faults": faults,

@@ -23,7 +23,7 @@ class Freshness:
     start_acked_s: start sent to acknowledged. visible_s: acknowledged to the arrival of the first reply that has it.
     end_acked_s: end sent to acknowledged: from then on no later request may see it. gone_s: acknowledged to the
     arrival of the first reply without it, asked for after the acknowledgement. told_s: acknowledged to WatchEnded's
-    word (negative: it came before).
+    word (negative: it came before). shed: looks that were turned away and repeated; the waiting counts.
     """
 
     begun_s: list[float] = field(default_factory=list)
@@ -35,6 +35,7 @@ class Freshness:
     never_visible: int = 0
     never_told: int = 0
     shown_after_end: int = 0
+    shed: int = 0
     failure: str = ""
 
 
@@ -143,7 +144,21 @@ class Prober:
                 return
 
     def _shows(self, stream: str, request: ranking_pb2.RankRequest) -> bool:
-        return any(s.stream_id == stream for s in self._rank(request, timeout=5.0).streams)
+        return any(s.stream_id == stream for s in self._answer(request).streams)
+
+    def _answer(self, request: ranking_pb2.RankRequest) -> ranking_pb2.RankResponse:
+        """A reply; asks again when it is turned away, after as long as the server wants."""
+        ends_s = time.monotonic() + VISIBLE_WITHIN_S
+        while True:
+            try:
+                reply: ranking_pb2.RankResponse = self._rank(request, timeout=5.0)
+                return reply
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED or time.monotonic() > ends_s:
+                    raise
+                self.seen.shed += 1
+                asked = dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms", "")
+                time.sleep(int(asked) / 1000 if asked.isdigit() else _LOOK_EVERY_S)
 
     def _publish(self, event: ingest_pb2.Event) -> tuple[float, float]:
         """(seconds to the acknowledgement, when it came)."""

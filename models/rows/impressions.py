@@ -25,6 +25,7 @@ from models import labels
 from models.rows.attribution import Attribution
 from models.rows.base import Emit, LeakError, Shard, stream_keys
 from models.rows.cursor import Cursor, Reading
+from models.rows.details import read_details
 from models.schema import arrow_schema, vectors
 from server.live.table import Applied
 from server.log.commit import Committed
@@ -50,23 +51,26 @@ class Block:
 
     close_ms int64[n]: their labels are final once a record has a later stamp. alive bool[n]: neither refused nor
     without a state. Labels are those of `models.schema`.
+
+    Args:
+        mine: bool[m], which of the record's m impressions.
     """
 
-    def __init__(self, committed: Committed, rows: list[int]) -> None:
+    def __init__(self, committed: Committed, mine: NDArray[np.bool_]) -> None:
         assert committed.batch is not None
         events = committed.batch.events
-        self.offset, n = committed.record.offset, len(rows)
-        self.rows = np.array(rows, np.int64)  # places in the decoded batch
         # Copied, so that the other events of the record need not be kept as long.
-        self.said = [events.impressions[row] for row in rows]
+        self.rows = events.impressions[mine]  # places in the decoded batch
+        self.offset, n = committed.record.offset, len(self.rows)
         self.ids, self.id_lengths, self.epoch = (c[self.rows] for c in (events.ids, events.id_lengths, events.epoch))
         self.index, self.viewer_hash = events.index[self.rows], events.viewer_hash[self.rows]
+        self.said = read_details(committed.record.payload, self.index)
         self.impression_ms = events.time_ms[self.rows]
         self.keys = stream_keys(self.ids, self.id_lengths)
         self.close_ms = self.impression_ms + labels.WINDOW_MS + labels.LATE_MS
         self.alive = np.ones(n, np.bool_)
         self.filled = np.zeros(n, np.bool_)
-        self.at_ms = np.array([min(said.served_ms, committed.record.applied_ms) for said in self.said], np.int64)
+        self.at_ms = np.minimum(events.served_ms[mine], committed.record.applied_ms)
         self.read_offset = np.zeros(n, np.int64)
         self.readings: list[tuple[NDArray[np.int64], Reading, dict[str, list[Any]]]] = []
         self.clicked = np.zeros(n, np.bool_)
@@ -129,22 +133,22 @@ class ImpressionRows:
 
     def _register(self, committed: Committed) -> None:
         """Notes the moments of a record's impressions."""
-        if committed.batch is None or not committed.batch.events.impressions:
+        if committed.batch is None or not len(committed.batch.events.impressions):
             return
         events = committed.batch.events
-        rows = np.array(sorted(events.impressions), np.int64)
+        rows = events.impressions
         mine = self._shard.owns(stream_keys(events.ids[rows], events.id_lengths[rows]))
         if not mine.any():
             return
-        block = Block(committed, rows[mine].tolist())
+        block = Block(committed, mine)
         self._blocks.append(block)
         self._own[block.offset] = block
         self._attribution.add(block)
-        for row, said in enumerate(block.said):
-            if said.applied_offset == 0:
+        for row, applied_offset in enumerate(block.said.applied_offset.tolist()):
+            if applied_offset == 0:
                 heapq.heappush(self._by_time, (int(block.at_ms[row]), next(self._ties), block, row))
                 continue
-            wanted = min(said.applied_offset, block.offset - 1)
+            wanted = min(applied_offset, block.offset - 1)
             if wanted < self._cursor.offset:
                 self._drop(block, row, "served too long before it was told")
             else:
@@ -178,7 +182,7 @@ class ImpressionRows:
         if not len(rows):
             return
         reading = self._cursor.read(slots, at_ms)
-        viewers = {} if self._viewers is None else self._viewers.read([block.said[r].viewer_id for r in rows], at_ms)
+        viewers = {} if self._viewers is None else self._viewers.read([block.said.viewer_id[r] for r in rows], at_ms)
         block.filled[rows] = True
         block.read_offset[rows] = reading.offset
         block.readings.append((rows, reading, viewers))
@@ -237,13 +241,12 @@ def finished(block: Block, dim: int, viewers: bool) -> Any:
     columns |= {
         "at_ms": block.at_ms, "offset": block.read_offset, "impression_ms": block.impression_ms,
         "impression_offset": np.full(len(block), block.offset), "impression_index": block.index,
-        "viewer_id": [said.viewer_id for said in block.said], "request_id": [said.request_id for said in block.said],
+        "viewer_id": block.said.viewer_id, "request_id": block.said.request_id,
         "stream_id": [
             block.ids[i, : block.id_lengths[i]].tobytes().decode() for i in range(len(block))
         ],
-        "epoch": block.epoch, "position": np.array([min(s.position, 1 << 31) - 1 for s in block.said], np.int64),
-        "propensity": np.array([said.propensity for said in block.said], np.float32),
-        "model_version": [said.model_version for said in block.said],
+        "epoch": block.epoch, "position": np.minimum(block.said.position, 1 << 31) - 1,
+        "propensity": block.said.propensity, "model_version": block.said.model_version,
         "clicked": block.clicked, "watch_s": block.watch_s.astype(np.float32),
         "watched": block.watch_s >= labels.WATCHED_S, "purchased": block.purchased,
         "purchase_value": block.value.astype(np.float32), "reported": block.reported,

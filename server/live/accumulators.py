@@ -7,26 +7,47 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.counters import move_landmark, observe, scatter_decayed
+from kernels import fence
+from kernels.counters import COUNTERS, Sessions, count_events, move_landmark
 from server.live.columns import Columns
 from server.live.features import Features, FeatureSet
 
+# Which counters a kind of event adds to: its value to the first, 1 to the second.
+FIRST_COUNTER = np.full(256, -1, np.int8)
+SECOND_COUNTER = np.full(256, -1, np.int8)
+"""int8[256]: the counter that a kind of event adds its value to, and the one it adds 1 to; -1 none."""
+
+for _kind, _first, _second in (
+    (fence.VIEWER_COUNT, "viewers", "viewer_reports"),
+    (fence.JOINED, "joined", None),
+    (fence.LEFT, "left", None),
+    (fence.WATCHED, "watched", None),
+    (fence.CHATTED, "chatted", None),
+    (fence.LIKED, "liked", None),
+    (fence.FOLLOWED, "followed", None),
+    (fence.SHARED, "shared", None),
+    (fence.BID, "bid_value", "bid"),
+    (fence.PURCHASED, "purchase_value", "purchased"),
+    (fence.REPORTED, "reported", None),
+):
+    FIRST_COUNTER[_kind] = COUNTERS.index(_first)
+    if _second is not None:
+        SECOND_COUNTER[_kind] = COUNTERS.index(_second)
+
 
 class Counted(NamedTuple):
-    """n applied events of current sessions, in order; a slot may come many times.
+    """n events, in order, of which those that are ``current`` count; a slot may come many times.
 
-    first, second: counters that the event adds ``value`` and 1 to, -1 none. viewers: -1 not a viewer count.
-    viewer_hash: 0 none.
+    slots int32[n], of a row where current. kind uint8[n], value float64[n], time_ms int64[n], viewer_hash uint64[n]:
+    as `EventColumns` has them. current bool[n].
     """
 
     slots: NDArray[np.int32]
-    first: NDArray[np.int8]
-    second: NDArray[np.int8]
+    kind: NDArray[np.uint8]
     value: NDArray[np.float64]
     time_ms: NDArray[np.int64]
-    viewers: NDArray[np.float64]
     viewer_hash: NDArray[np.uint64]
-    is_chat: NDArray[np.bool_]
+    current: NDArray[np.bool_]
 
 
 class Accumulators(Protocol):
@@ -65,20 +86,19 @@ class HostAccumulators:
     """Session columns in main memory: those of ``columns``."""
 
     def __init__(self, columns: Columns) -> None:
-        self._columns = columns
+        self._columns = c = columns
         self.identity_version = np.zeros(len(columns.state), np.uint32)
         """Changes whenever `identity_changed` is told of a row: for those who keep what they made of its names."""
+        self._sessions = Sessions(
+            c.counters, c.last_event_ms, c.viewers, c.viewers_ms, c.viewer_registers, c.chatter_registers
+        )
 
     def count(self, events: Counted, landmark_ms: int) -> None:
         """See `Accumulators`."""
-        c, n = self._columns, len(events.slots)
-        scatter_decayed(
-            c.counters, events.slots, events.first, events.value, events.second, np.ones(n, np.float64),
-            events.time_ms, landmark_ms,
-        )  # fmt: skip
-        observe(
-            events.slots, events.time_ms, events.viewers, events.viewer_hash, events.is_chat,
-            c.last_event_ms, c.viewers, c.viewers_ms, c.viewer_registers, c.chatter_registers,
+        count_events(
+            self._sessions, events.slots, events.kind, events.value, events.time_ms, events.viewer_hash,
+            events.current, landmark_ms, first_counter=FIRST_COUNTER, second_counter=SECOND_COUNTER,
+            gauge=fence.VIEWER_COUNT, chat=fence.CHATTED,
         )  # fmt: skip
 
     def clear_sessions(self, slots: NDArray[np.int32]) -> None:

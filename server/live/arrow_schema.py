@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from kernels.event_arrow import ABSENT, CODES, FIXED, TEXT32, TEXT64
 from server.errors import InvalidRequest
 
 NUMBERS: dict[str, Any] = {
@@ -22,17 +23,34 @@ REQUIRED = ("sequence", "stream_id", "event_time_ms", "kind")
 COLUMNS = (*NUMBERS, *TEXTS, "kind", *LISTS)
 
 
-def read_batch(payload: bytes, max_rows: int) -> Any:
-    """The one record batch of an IPC stream, its schema and every buffer checked: fit for any use.
+class Column(NamedTuple):
+    """How a column is stored: forms of `kernels.event_arrow`, 0 for lists. width: bytes of a number or code."""
+
+    name: str
+    form: int
+    width: int
+    dict_form: int
+
+
+def read_batch(payload: Any, max_rows: int) -> Any:
+    """The one record batch of an IPC stream (any buffer), its schema and every buffer checked: fit for any use.
 
     Raises:
         InvalidRequest: see `decode_arrow`.
     """
+    return read_laid_out(payload, max_rows)[0]
+
+
+def read_laid_out(payload: Any, max_rows: int) -> tuple[Any, tuple[Column, ...]]:
+    """`read_batch`, and how its columns are stored."""
     buffer = pa.py_buffer(payload)
     try:
-        _refuse_compression(buffer)
+        described = _refuse_compression(buffer)
+        layout = _layouts.get(described)
         with pa.ipc.open_stream(buffer) as stream:
-            _check_schema(stream.schema)
+            if layout is None:
+                layout = _lay_out(stream.schema)
+                _remember(described, layout)
             batch = stream.read_next_batch()
             if batch.num_rows > max_rows:
                 raise InvalidRequest("arrow", f"at most {max_rows} rows per batch allowed, got {batch.num_rows}")
@@ -42,13 +60,10 @@ def read_batch(payload: bytes, max_rows: int) -> Any:
     except (pa.ArrowException, OSError, StopIteration, ValueError) as error:  # ValueError: a name is not UTF-8
         told = str(error).partition("\n")[0] or "it holds no record batch"
         raise InvalidRequest("arrow", f"not an Arrow IPC stream with one record batch: {told}") from error
-    for name in batch.schema.names:
-        column = batch.column(name)
-        if pa.types.is_dictionary(column.type) and len(column.dictionary) > max_rows:
-            raise InvalidRequest(
-                f"arrow.{name}", f"at most {max_rows} dictionary values allowed, got {len(column.dictionary)}"
-            )
-    return batch
+    for number, (name, form, _, _) in enumerate(layout):
+        if form == CODES and (size := len(batch.column(number).dictionary)) > max_rows:
+            raise InvalidRequest(f"arrow.{name}", f"at most {max_rows} dictionary values allowed, got {size}")
+    return batch, layout
 
 
 def _check_schema(schema: Any) -> None:
@@ -78,6 +93,39 @@ def _fits(name: str, found: Any) -> bool:
     return bool(pa.types.is_string(text) or pa.types.is_large_string(text))
 
 
+_layouts: dict[bytes, tuple[Column, ...]] = {}
+"""Of schemas that were seen and are fine, by their message: a producer sends the same one with every batch."""
+_MAX_LAYOUTS, _MAX_REMEMBERED_BYTES = 256, 4_096
+
+
+def _remember(described: bytes, layout: tuple[Column, ...]) -> None:
+    if len(described) <= _MAX_REMEMBERED_BYTES:
+        if len(_layouts) >= _MAX_LAYOUTS:
+            _layouts.clear()
+        _layouts[described] = layout
+
+
+def _lay_out(schema: Any) -> tuple[Column, ...]:
+    """How the columns of a schema are stored. Raises InvalidRequest when it is not one of ours."""
+    _check_schema(schema)
+    found = []
+    for field in schema:
+        kind = field.type
+        if field.name in LISTS:
+            found.append(Column(field.name, ABSENT, 0, ABSENT))
+        elif pa.types.is_dictionary(kind):
+            found.append(Column(field.name, CODES, kind.index_type.bit_width // 8, _text_form(kind.value_type)))
+        elif pa.types.is_primitive(kind):
+            found.append(Column(field.name, FIXED, kind.bit_width // 8, ABSENT))
+        else:
+            found.append(Column(field.name, _text_form(kind), 0, ABSENT))
+    return tuple(found)
+
+
+def _text_form(kind: Any) -> int:
+    return TEXT64 if pa.types.is_large_string(kind) else TEXT32
+
+
 def _wanted(name: str) -> str:
     if name in NUMBERS:
         return str(NUMBERS[name])
@@ -91,14 +139,16 @@ def _wanted(name: str) -> str:
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 
 
-def _refuse_compression(buffer: Any) -> None:
+def _refuse_compression(buffer: Any) -> bytes:
     """Raises InvalidRequest when a body is compressed: a small message could then take any amount of memory.
 
     Reads three fields of the flatbuffers in front of the bodies (Message.fbs of the Arrow format, version 5),
-    because the library offers no such option.
+    because the library offers no such option. Returns the first of them, that of the schema.
     """
+    first = b""
     for message in pa.ipc.MessageReader.open_stream(buffer):
         metadata = message.metadata.to_pybytes()
+        first = first or metadata
         try:
             root = struct.unpack_from("<I", metadata, 0)[0]
             kind_at = _field(metadata, root, 1)
@@ -112,6 +162,7 @@ def _refuse_compression(buffer: Any) -> None:
                 raise InvalidRequest("arrow", "compressed bodies are not taken; send them uncompressed")
         except (struct.error, IndexError) as error:
             raise InvalidRequest("arrow", "its metadata cannot be read") from error
+    return first
 
 
 def _field(metadata: bytes, table: int, number: int) -> int:

@@ -21,9 +21,10 @@ from kernels import fence
 from kernels.backend import Backend
 from kernels.counters import COUNTERS, HALF_LIVES_MS, decay_factors
 from server.errors import ConfigError
+from server.live.accumulators import FIRST_COUNTER, SECOND_COUNTER
 from server.live.arrow_schema import NUMBERS, TEXTS
-from server.live.events import INTERACTIONS, KINDS
-from server.live.table import FIRST_COUNTER, SECOND_COUNTER, LiveTable
+from server.live.event_checks import INTERACTIONS, KINDS
+from server.live.table import LiveTable
 
 EVENT_TEXTS = ("stream_id", "viewer_id", "currency")
 EVENT_NUMBERS = (

@@ -11,8 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+
+from kernels import fence
+from server.live.columns import Columns
 from server.live.events import EventColumns
-from server.live.table import End
+from server.live.table import Applied, End
 
 
 class Cause(Enum):
@@ -72,12 +76,20 @@ class EndTimes:
         """None: this session has not ended, or so long ago that it is forgotten."""
         return self._ends.get((stream_id, epoch))
 
-    def causes(self, events: EventColumns, rows: Iterable[int]) -> list[Cause | None]:
-        """One entry for each of ``rows`` of a batch, all of them impressions."""
-        found = []
-        for row in rows:
-            seen = events.impressions[row]
+    def causes(self, events: EventColumns, applied: Applied, columns: Columns) -> dict[int, Cause]:
+        """The causes of the dead ones among the impressions of a batch that was just applied, by row of ``events``.
+
+        ``columns`` are the table's. Python runs only for impressions of sessions that are not open any more.
+        """
+        rows = events.impressions
+        slots = applied.slots[rows]  # -1, hence some other row, only where not applied
+        over = (columns.state[slots] == fence.ENDED) | (events.epoch[rows] < columns.epoch[slots])
+        found: dict[int, Cause] = {}
+        for at in np.flatnonzero(over & (applied.codes[rows] == fence.APPLIED)).tolist():
+            row = rows[at]
             stream_id = events.ids[row, : events.id_lengths[row]].tobytes().decode()
             end = self.of(stream_id, int(events.epoch[row]))
-            found.append(cause_of(int(events.time_ms[row]), seen.served_ms, seen.verify_by_ms, end))
+            times = (int(events.time_ms[row]), int(events.served_ms[at]), int(events.verify_by_ms[at]))
+            if (cause := cause_of(*times, end)) is not None:
+                found[int(row)] = cause
         return found

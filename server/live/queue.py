@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels import fence
 from kernels.counters import N_COUNTERS, Grown, grow_events
-from server.live.accumulators import Counted
+from server.live.accumulators import FIRST_COUNTER, SECOND_COUNTER, Counted
 from server.live.columns import Columns
 from server.live.device import Changes, DeviceTable, Observed
 from server.live.features import Features, FeatureSet
@@ -45,14 +46,17 @@ class DeviceQueue:
     def count(self, events: Counted, landmark_ms: int) -> None:
         """See `Accumulators`."""
         self._settle_cleared()
-        ones = np.ones(len(events.slots), np.float64)
+        current = events.current
+        slots, kind, value = events.slots[current], events.kind[current], events.value[current]
+        time_ms, viewer_hash = events.time_ms[current], events.viewer_hash[current]
+        ones = np.ones(len(slots), np.float64)
         grown = grow_events(
-            events.slots, events.first, events.value, events.second, ones, events.time_ms, landmark_ms
+            slots, FIRST_COUNTER[kind], value, SECOND_COUNTER[kind], ones, time_ms, landmark_ms
         )  # fmt: skip
-        viewers = events.viewers.astype(np.float32)
+        viewers = np.where(kind == fence.VIEWER_COUNT, value, -1.0).astype(np.float32)
         self._grown.append(grown)
-        self._observed.append(Observed(events.slots, events.time_ms, viewers, events.viewer_hash, events.is_chat))
-        self._waiting += len(events.slots)
+        self._observed.append(Observed(slots, time_ms, viewers, viewer_hash, kind == fence.CHATTED))
+        self._waiting += len(slots)
         if self._waiting >= MOST_EVENTS:
             self.flush()
 

@@ -217,6 +217,7 @@ def restore(table: LiveTable, state: TableState) -> None:
         else:
             from_host(column_of(table, name), state.columns[name])
     table.rows = rows
+    table._next_change_ms = 0
     table.accumulators.liveness_changed(np.arange(rows, dtype=np.int32))
     table.accumulators.identity_changed(np.arange(rows, dtype=np.int32))
     table.titles[:rows], table.tags[:rows] = state.titles, state.tags

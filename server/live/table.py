@@ -7,6 +7,7 @@ lowest free one, so the result does not depend on how often ticks ran in between
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import heapq
 from collections.abc import Callable
@@ -21,9 +22,10 @@ from kernels.counters import COUNTERS, next_landmark
 from kernels.dedup import WORDS
 from kernels.idmap import IdMap
 from server.config import TableSettings
-from server.live.accumulators import Accumulators, Counted, HostAccumulators
+from server.live.accumulators import FIRST_COUNTER, SECOND_COUNTER, Accumulators, Counted, HostAccumulators
 from server.live.columns import Columns
-from server.live.events import EventColumns, StartedRow
+from server.live.event_checks import StartedRow
+from server.live.events import EventColumns
 from server.live.interner import Interner
 
 
@@ -39,12 +41,19 @@ class End:
 
 @dataclass(frozen=True)
 class Applied:
-    """What a batch did. codes uint8[n] (0 applied), renewed bool[n], in the batch's order."""
+    """What a batch did.
+
+    codes uint8[n] (0 applied), renewed bool[n], slots int32[n] (of a row where applied): in the batch's order.
+    touched int32[m]: rows of applied events, each once. by_kind int64[32]: applied events. by_code int64[32].
+    """
 
     codes: NDArray[np.uint8]
     renewed: NDArray[np.bool_]
+    slots: NDArray[np.int32]
     ends: list[End]
     touched: NDArray[np.int32]
+    by_kind: NDArray[np.int64]
+    by_code: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -77,29 +86,6 @@ class Follower(Protocol):
 
 
 RowWriter = Callable[[NDArray[np.int32], NDArray[np.float32]], None]
-
-# Which counters a kind of event adds to: its value to the first, 1 to the second.
-_FIRST = np.full(256, -1, np.int8)
-_SECOND = np.full(256, -1, np.int8)
-
-for _kind, _first, _second in (
-    (fence.VIEWER_COUNT, "viewers", "viewer_reports"),
-    (fence.JOINED, "joined", None),
-    (fence.LEFT, "left", None),
-    (fence.WATCHED, "watched", None),
-    (fence.CHATTED, "chatted", None),
-    (fence.LIKED, "liked", None),
-    (fence.FOLLOWED, "followed", None),
-    (fence.SHARED, "shared", None),
-    (fence.BID, "bid_value", "bid"),
-    (fence.PURCHASED, "purchase_value", "purchased"),
-    (fence.REPORTED, "reported", None),
-):
-    _FIRST[_kind] = COUNTERS.index(_first)
-    if _second is not None:
-        _SECOND[_kind] = COUNTERS.index(_second)
-FIRST_COUNTER, SECOND_COUNTER = _FIRST, _SECOND
-"""int8[256]: the counter that a kind of event adds its value to, and the one it adds 1 to; -1 none."""
 
 
 class LiveTable:
@@ -140,6 +126,9 @@ class LiveTable:
         self.counters_seen = np.zeros(len(COUNTERS), np.bool_)
         """Which counters anybody has ever reported, for any stream: tells "none" from "nobody tells us"."""
         self.map = IdMap(self.columns.ids, self.columns.id_lengths)
+        self._mark = np.zeros(settings.capacity, np.bool_)
+        self._next_change_ms = 0
+        """Before this the passing of time changes no row. May be too early, never too late."""
         self._free: list[int] = []
         self._producers: dict[str, int] = {}
         self._producer_used_ms: list[int] = []
@@ -171,20 +160,35 @@ class LiveTable:
             owner=owner,
             own_only=events.own_streams_only,
         )  # fmt: skip
-        refused = without_room[fenced.codes[without_room] == fence.CAPACITY]
-        fenced.codes[refused] = fence.TOO_MANY_STREAMS
-        self.accumulators.clear_sessions(np.unique(slots[fenced.new_session]))
-        ok = fenced.codes == fence.APPLIED
-        touched = np.unique(slots[ok])
-        self.accumulators.liveness_changed(touched)
-        self.accumulators.identity_changed(slots[ok & (events.kind == fence.STARTED)])
-        self._write_attributes(events, slots, ok)
-        self._count(events, slots, ok)
+        if len(without_room):
+            refused = without_room[fenced.codes[without_room] == fence.CAPACITY]
+            fenced.codes[refused] = fence.TOO_MANY_STREAMS
+        if events.started:
+            self.accumulators.clear_sessions(np.unique(slots[fenced.new_session]))
+        settled = fence.settle(
+            fenced.codes, slots, events.kind, events.epoch, self.columns.epoch, self._mark
+        )  # fmt: skip
+        self.accumulators.liveness_changed(settled.touched)
+        if settled.by_kind[_LIVENESS_KINDS].any():
+            self._next_change_ms = min(self._next_change_ms, self._change_ms(settled.touched))
+        if events.started:
+            ok = fenced.codes == fence.APPLIED
+            self.accumulators.identity_changed(slots[ok & (events.kind == fence.STARTED)])
+            self._write_attributes(events, slots, ok)
+        self._count(events, slots, settled)
         for slot in provisional:
             if self.columns.state[slot] == fence.FREE:
                 self._release(slot)
         ends = expired.ends + self._ends_of(events, slots, fenced)
-        return Applied(fenced.codes, fenced.renewed, ends, touched)
+        return Applied(
+            fenced.codes, fenced.renewed, slots, ends, settled.touched, settled.by_kind, settled.by_code
+        )  # fmt: skip
+
+    def _change_ms(self, slots: NDArray[np.int32] | int) -> int:
+        settings = self.settings
+        return fence.next_change_ms(
+            self.columns.liveness(), slots, grace_ms=settings.grace_ms, tombstone_ms=settings.tombstone_ms
+        )
 
     def _room(self, events: EventColumns, owner: int) -> int:
         """How many new rows the batch may take."""
@@ -202,9 +206,9 @@ class LiveTable:
         """
         provisional: list[int] = []
         without_room: list[int] = []
-        starting = np.flatnonzero((slots < 0) & (events.kind == fence.STARTED))
-        if not len(starting):
+        if not events.started:
             return provisional, np.zeros(0, np.int64)
+        starting = np.flatnonzero((slots < 0) & (events.kind == fence.STARTED))
         for i in starting:
             known = self.map.lookup(events.ids[i : i + 1], events.id_lengths[i : i + 1])[0]
             if known >= 0:
@@ -283,27 +287,20 @@ class LiveTable:
     def _write_embedding(self, slot: int, embedding: NDArray[np.float32]) -> None:
         self.write_embeddings(np.array([slot], np.int32), embedding[None])
 
-    def _count(self, events: EventColumns, slots: NDArray[np.int32], ok: NDArray[np.bool_]) -> None:
+    def _count(self, events: EventColumns, slots: NDArray[np.int32], settled: fence.Settled) -> None:
         """Counters, gauges and sketches of the applied events that belong to the current session."""
-        columns = self.columns
-        current = ok & (events.kind != fence.IMPRESSION)  # what clients saw is no activity of the stream
-        current[ok] &= (events.epoch[ok] == 0) | (events.epoch[ok] == columns.epoch[slots[ok]])
         if self.follower is not None:
-            self.follower.applied(self, events, slots, current)
-        if not current.any():
-            return
-        at, kind = slots[current], events.kind[current]
-        value, time_ms = events.value[current], events.time_ms[current]
-        self.counters_seen[_FIRST[kind][_FIRST[kind] >= 0]] = True
-        self.counters_seen[_SECOND[kind][_SECOND[kind] >= 0]] = True
-        counted = Counted(
-            at, _FIRST[kind], _SECOND[kind], value, time_ms, np.where(kind == fence.VIEWER_COUNT, value, -1.0),
-            events.viewer_hash[current], kind == fence.CHATTED,
-        )  # fmt: skip
+            self.follower.applied(self, events, slots, settled.current)
+        kinds = np.flatnonzero(settled.current_by_kind)
+        for counters in (FIRST_COUNTER[kinds], SECOND_COUNTER[kinds]):
+            self.counters_seen[counters[counters >= 0]] = True
+        counted = Counted(slots, events.kind, events.value, events.time_ms, events.viewer_hash, settled.current)
         self.accumulators.count(counted, self.landmark_ms)
 
     def _ends_of(self, events: EventColumns, slots: NDArray[np.int32], fenced: fence.Fenced) -> list[End]:
-        ends = []
+        ends: list[End] = []
+        if not (events.started or events.ended_reason):
+            return ends
         for i in np.flatnonzero(fenced.ended_epoch >= 0):
             reason = events.ended_reason.get(int(i), "") if events.kind[i] == fence.END else "superseded"
             ends.append(End(self.stream_id(int(slots[i])), int(fenced.ended_epoch[i]), int(events.time_ms[i]), reason))
@@ -314,8 +311,10 @@ class LiveTable:
     def expire(self, now_ms: int) -> Expired:
         """LIVE past its lease → SUSPECT; SUSPECT past its grace → ENDED; old tombstones → free rows.
 
-        Cost: three passes over the state and one time column.
+        Cost: nothing before the next row is due; then a few passes over the state and two time columns.
         """
+        if now_ms < self._next_change_ms:
+            return Expired(0, [])
         columns, rows, settings = self.columns, self.rows, self.settings
         state = columns.state[:rows]
         lapsed = np.flatnonzero((state == fence.LIVE) & (columns.lease_expires_ms[:rows] <= now_ms))
@@ -342,6 +341,7 @@ class LiveTable:
         for slot in forgotten:
             self._release(int(slot))
         columns.generation[forgotten] += 1
+        self._next_change_ms = self._change_ms(self.rows)
         return Expired(len(lapsed), ends)
 
     def _move_landmark(self, applied_ms: int) -> None:
@@ -376,6 +376,10 @@ class LiveTable:
         return int(counts[fence.LIVE]), int(counts[fence.SUSPECT]), int(counts[fence.ENDED])
 
 
+_LIVENESS_KINDS = np.array([fence.STARTED, fence.HEARTBEAT, fence.END, fence.MODERATED])
+
+
+@functools.lru_cache(1024)
 def owner_of(producer_id: str) -> int:
     """The number, below 2**64, that stands for a producer in ``Columns.owner``; nobody can make two ids meet."""
     return int.from_bytes(hashlib.sha256(producer_id.encode()).digest()[:8], "big")

@@ -18,7 +18,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from server.config import Settings
 from server.errors import ConfigError, Draining, InvalidRequest, LogError
-from server.live.events import MAX_TIME_MS, decode_batch
+from server.live.event_checks import MAX_TIME_MS
+from server.live.events import decode_batch
 from server.log.base import Record
 from server.log.commit import Committed, Submission
 

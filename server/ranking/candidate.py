@@ -55,7 +55,7 @@ class Candidate:
 
     version: its label, "" for none. share: of viewers that are ranked by it, once it has scored the table.
     result: its newest scores. faults: batches that could not be ranked by it.
-    served: viewers ranked by it. seen: [by the version in use, by the candidate].
+    served: viewers ranked by it. seen: by the version in use, and by the candidate (True).
     """
 
     def __init__(self, streams: StreamState, pipeline: Pipeline) -> None:
@@ -128,16 +128,20 @@ class Candidate:
             base, model_version=self.version, level=self.result.level, reasons=self.result.reasons, score_age_ms=age_ms
         )
 
-    def saw(self, viewer_hashes: NDArray[np.uint64], causes: list[Cause | None]) -> None:
-        """Impressions that clients reported, uint64[n] and n causes: counted for whoever ranked for the viewer."""
+    def saw(self, viewers: NDArray[np.uint64], of_dead: NDArray[np.uint64], causes: list[Cause]) -> None:
+        """Impressions that clients reported, counted for whoever ranked for the viewer.
+
+        Args:
+            viewers: hashes uint64[n], one per impression. of_dead: those of the dead ones, uint64[d]; d causes.
+        """
         if not self.version:
             return
-        mine = self._in_share(viewer_hashes)
-        for by_candidate, cause in zip(mine.tolist(), causes, strict=True):
-            seen = self.seen[by_candidate]
-            seen.impressions += 1
-            seen.dead += cause is not None
-            seen.ours += cause is Cause.US
+        by_candidate = int(np.count_nonzero(self._in_share(viewers)))
+        self.seen[True].impressions += by_candidate
+        self.seen[False].impressions += len(viewers) - by_candidate
+        for mine, cause in zip(self._in_share(of_dead).tolist(), causes, strict=True):
+            self.seen[mine].dead += 1
+            self.seen[mine].ours += cause is Cause.US
 
     def _in_share(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
         return (viewer_places(hashes, self._salt) < self.share) | (self.share >= 1.0)

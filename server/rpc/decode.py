@@ -14,7 +14,7 @@ from kernels.idmap import ID_BYTES
 from kernels.unit import to_unit
 from server.config import Settings
 from server.errors import InvalidRequest
-from server.live.events import length_problem
+from server.live.event_checks import length_problem
 from server.retrieval.query import RankQuery
 
 MAX_NAMES = 1_000

@@ -10,7 +10,7 @@ from liverank.v1 import liveness_pb2_grpc as pb_grpc
 
 from server.engine import Engine
 from server.errors import InvalidRequest
-from server.live.events import MAX_TIME_MS
+from server.live.event_checks import MAX_TIME_MS
 from server.ranking.liveness import check_live
 from server.ranking.reconcile import find_absent
 from server.recorder import Recorder

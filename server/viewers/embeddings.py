@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from server.clock import Clock
 from server.config import EmbeddingSettings, Settings
 from server.errors import ConfigError, StoreError, StoreTimeout
-from server.live.events import norm_problem
+from server.live.event_checks import norm_problem
 from server.live.table import unit
 from server.scoring.ladder import Ladder
 

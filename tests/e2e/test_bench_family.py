@@ -37,21 +37,21 @@ def test_slo_finds_a_rate_that_holds(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.skipif(redis_rival.redis_binary() is None, reason="redis-server is not installed")
 def test_ingest_compares_with_a_real_redis(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_ingest(Plan(events=1_000, batch=250, connections=2, rounds=1, streams=STREAMS)) == 0
+    assert run_ingest(Plan(events=1_000, batches=(250,), connections=2, rounds=1, streams=STREAMS)) == 0
     found = said(capsys, "ingest")
     rivals = {row["rival"]: row for row in found["rows"]}
     wanted = {"messages", "redis always", "redis everysec", "redis counts only"}
     assert set(rivals) == wanted | ({"columns"} if has_columns() else set())
     assert [name for name, row in rivals.items() if not row["durable"]] == ["redis everysec", "redis counts only"]
     assert all(row["events_per_s"] > 0 and row["server_cpu_us_per_event"] > 0 for row in rivals.values())
-    assert found["ratios_events_per_server_core_second"]["messages ÷ redis always"] > 0
+    assert found["ratios_events_per_server_core_second"]["messages ÷ redis always, 250"] > 0
 
 
 def test_ingest_without_redis_says_loudly_that_nothing_was_compared(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ingest, "redis_binary", lambda: None)
-    assert run_ingest(Plan(events=500, batch=250, connections=1, rounds=1, streams=STREAMS)) == 1
+    assert run_ingest(Plan(events=500, batches=(250,), connections=1, rounds=1, streams=STREAMS)) == 1
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
     assert "NOTHING IS COMPARED" in out and any("NOTHING IS COMPARED" in text for text in found["not_measured"])

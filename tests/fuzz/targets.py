@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 from liverank.v1 import ingest_pb2, liveness_pb2, ranking_pb2
 
+from kernels.idmap import ID_BYTES, hash_ids, pack_ids
 from loadtest.replay.reader import read_history
+from models.rows.details import read_details
 from server.config import ROOT, load_settings, parse_settings
 from server.errors import (
     BadScores,
@@ -29,9 +31,11 @@ from server.errors import (
     SnapshotError,
     Unauthenticated,
 )
-from server.live.arrow_events import decode_arrow
+from server.live.arrow_events import decode_arrow, decode_by_row
+from server.live.arrow_schema import read_batch
 from server.live.ends import EndFeed
-from server.live.events import KINDS, decode_batch
+from server.live.event_checks import KINDS
+from server.live.events import DecodedBatch, Marks, decode_batch, decode_by_message
 from server.live.features import FeatureSet
 from server.live.state import StateBuffer, restore
 from server.live.table import End
@@ -135,7 +139,11 @@ def _events() -> list[ingest_pb2.Event]:
         event("s", 6, moderated={"action": 1}), event("s", 7, viewer="v", chatted={"count": 3}),
         event("s", 8, viewer_count={"count": 7}), event("s", 9, reported={"reason": "x"}),
         event("s", 10, epoch=1, impression={"request_id": "r", "served_ms": T0, "verify_by_ms": T0 + 5}),
-        event("s", 11, epoch=1, ended={"reason": "creator"}),
+        event("s", 11, epoch=1, viewer="v", impression={
+            "served_ms": T0, "verify_by_ms": T0 + 5, "position": 2, "propensity": 0.25, "model_version": "m/1",
+            "applied_offset": 1 << 40,
+        }),
+        event("s", 12, epoch=1, ended={"reason": "creator"}),
     ]  # fmt: skip
 
 
@@ -146,11 +154,35 @@ def _event_batches() -> list[bytes]:
     return [whole.SerializeToString(), owned.SerializeToString()]
 
 
+def _assert_detailed(data: bytes, decoded: DecodedBatch) -> None:
+    """The second look at a record finds the impressions that the first kept."""
+    kept = decoded.events.impressions
+    details = read_details(data, decoded.events.index[kept])
+    viewers = hash_ids(*pack_ids([viewer.encode() for viewer in details.viewer_id]))
+    assert np.array_equal(viewers, decoded.events.viewer_hash[kept]), "another event's details"
+    assert ((details.propensity >= 0) & (details.propensity <= 1)).all(), "a propensity that nobody checked"
+    assert all(len(version.encode()) <= ID_BYTES for version in details.model_version)
+
+
 @target(_event_batches, InvalidRequest)
 def event_batch(data: bytes) -> object:
-    decoded = decode_batch(data, TABLE)
+    try:
+        told = decode_by_message(data, TABLE)
+    except InvalidRequest:
+        told = None
+    try:
+        decoded = decode_batch(data, TABLE)
+    except InvalidRequest:
+        assert told is None, "the generated classes accept it"
+        raise
+    assert told is not None, "the generated classes refuse it"
+    assert decoded.rejected == told.rejected, "the generated classes refuse other events"
+    assert np.array_equal(decoded.events.value, told.events.value) and np.array_equal(
+        decoded.events.ids, told.events.ids
+    )
     places = sorted([*decoded.events.index.tolist(), *(r.index for r in decoded.rejected)])
     assert places == list(range(len(places))), "every event is accounted for, once"
+    _assert_detailed(data, decoded)
     return decoded
 
 
@@ -179,9 +211,15 @@ def _arrow_batches() -> list[bytes]:
 @target(_arrow_batches, InvalidRequest, max_bytes=COLUMNAR_BYTES)
 def arrow_batch(data: bytes) -> object:
     """Bare, so that changes hit the columns and not the message around them."""
-    decoded = decode_arrow("p", data, TABLE)
+    decoded = decode_arrow(Marks("p"), data, TABLE)
+    told = decode_by_row(Marks("p"), read_batch(data, TABLE.max_events_per_batch), TABLE)
+    assert decoded.rejected == told.rejected, "row by row other events are refused"
+    assert np.array_equal(decoded.events.value, told.events.value) and np.array_equal(
+        decoded.events.ids, told.events.ids
+    )
     places = sorted([*decoded.events.index.tolist(), *(r.index for r in decoded.rejected)])
     assert places == list(range(len(places))), "every row is accounted for, once"
+    _assert_detailed(payload(data), decoded)
     return decoded
 
 
@@ -190,7 +228,9 @@ def arrow_batch_applied(data: bytes) -> object:
     """As `event_batch_applied`."""
     table = new_table(TABLE)
     for at_ms in (T0, T0 + 700_000):
-        table.apply(decode_batch(payload(data), TABLE).events if data else decode_arrow("p", data, TABLE).events, at_ms)
+        table.apply(
+            decode_batch(payload(data), TABLE).events if data else decode_arrow(Marks("p"), data, TABLE).events, at_ms
+        )
         assert np.isfinite(table.columns.embedding).all() and np.isfinite(table.columns.counters).all()
     return table
 

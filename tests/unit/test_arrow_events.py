@@ -14,15 +14,19 @@ from hypothesis import strategies as st
 from liverank.v1 import ingest_pb2 as pb
 
 from server.errors import InvalidRequest
-from server.live.arrow_events import _Decoder
-from server.live.events import MAX_TIME_MS, DecodedBatch, EventColumns, decode_batch
+from server.live.arrow_events import decode_by_row
+from server.live.event_checks import MAX_TIME_MS
+from server.live.events import DecodedBatch, EventColumns, Marks, decode_batch
 from tests.arrow_events import payload, to_batch, to_ipc, to_rows
 from tests.events import T0, apply, batch, event, new_table, small_settings, started
 
 SETTINGS = small_settings(max_events_per_batch=100)
-LARGE: dict[str, Any] = {name: pa.large_utf8() for name in ("stream_id", "viewer_id", "title")}
+LARGE: dict[str, Any] = {name: pa.large_utf8() for name in ("stream_id", "viewer_id", "title", "model_version")}
 LARGE |= {"kind": pa.utf8(), "tags": pa.large_list(pa.utf8())}
-PACKED = {name: pa.dictionary(pa.int32(), pa.utf8()) for name in ("stream_id", "viewer_id", "currency", "reason")}
+PACKED = {
+    name: pa.dictionary(pa.int32(), pa.utf8())
+    for name in ("stream_id", "viewer_id", "currency", "reason", "model_version")
+}
 
 
 def assert_same(ours: DecodedBatch, theirs: DecodedBatch) -> None:
@@ -113,6 +117,7 @@ ALL_BAD = [
     event("s", 27, epoch=1, impression={"model_version": "m" * 65, "served_ms": 1, "verify_by_ms": 1}),
     event("s", 28, epoch=1, impression={"propensity": 1.5, "served_ms": 1, "verify_by_ms": 1}),
     event("s", 29, epoch=1, impression={"propensity": float("nan"), "served_ms": 1, "verify_by_ms": 1}),
+    event("s", 30, epoch=1, impression={"propensity": -1e-45, "served_ms": 1, "verify_by_ms": 1}),
 ]
 
 
@@ -156,7 +161,7 @@ def test_a_window_into_larger_columns_decodes_as_if_it_were_alone(types: dict[st
     whole = to_batch(to_rows([*around, *ONE_OF_EACH, *around]), types)
     window = whole.slice(2, len(ONE_OF_EACH))
     assert window.column("count").offset == 2
-    assert_same(_Decoder("p", window, SETTINGS).decode(), decode_batch(batch(*ONE_OF_EACH), SETTINGS))
+    assert_same(decode_by_row(Marks("p"), window, SETTINGS), decode_batch(batch(*ONE_OF_EACH), SETTINGS))
 
 
 def test_null_is_the_default_of_its_field() -> None:
@@ -189,7 +194,8 @@ def any_event(draw: st.DrawFn) -> pb.Event:
         "amount_minor": st.one_of(st.integers(0, 5000), st.integers(-(1 << 63), (1 << 63) - 1)),
         "currency": st.sampled_from(["USD", "JPY", "", "XXX"]), "action": st.integers(0, 5),
         "age_rating": st.integers(0, 25), "media_sequence": NUMBERS,
-        "position": st.integers(0, 50), "propensity": st.floats(width=32), "applied_offset": NUMBERS,
+        "position": st.integers(0, 50), "applied_offset": NUMBERS,
+        "propensity": st.one_of(st.floats(0, 1, width=32), st.floats(width=32)),
         **dict.fromkeys(("only_if_not_renewed_since_ms", "served_ms", "verify_by_ms"), TIMES),
     }  # fmt: skip
     for field in part.DESCRIPTOR.fields:

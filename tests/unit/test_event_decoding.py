@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from liverank.v1 import ingest_pb2 as pb
 
 from server.errors import InvalidRequest
-from server.live.events import MAX_TIME_MS, decode_batch
+from server.live.event_checks import MAX_TIME_MS
+from server.live.events import decode_batch
 from tests.events import T0, batch, event, small_settings, started
 
 SETTINGS = small_settings(max_events_per_batch=100)

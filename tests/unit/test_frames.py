@@ -20,9 +20,9 @@ from kernels.backend import CPU, Backend, choose
 from kernels.counters import COUNTERS, decay_factors
 from server.errors import ConfigError
 from server.live import frames
+from server.live.accumulators import FIRST_COUNTER, SECOND_COUNTER
 from server.live.arrow_schema import read_batch
 from server.live.events import decode_batch
-from server.live.table import FIRST_COUNTER, SECOND_COUNTER
 from tests.app import running_app
 from tests.arrow_events import payload, to_batch, to_ipc, to_rows
 from tests.events import T0, apply, event, new_table, small_settings, started

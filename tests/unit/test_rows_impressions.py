@@ -67,6 +67,20 @@ def test_features_are_those_of_the_offset_and_moment_at_which_the_slate_was_made
     assert {name: rows[name][0] for name in expected} == expected
 
 
+def test_a_log_of_columns_gives_the_rows_of_one_of_messages() -> None:
+    log = beginning()
+    counted(log, 8)
+    told = {"applied_offset": 5, "position": 3, "propensity": 0.25, "model_version": "m/1", "request_id": "r"}
+    log.add(9_000, act("s", 8_400, liked={}), impression("s", 8_500, served_ms=T0 + 4_500, **told),
+            impression("ghost", 8_500), impression("t", 8_600, viewer="w", position=2))  # fmt: skip
+    log.add(10_000, act("s", 9_500, "v", joined={}))
+    log.add(CLOSED_MS, started("u", 0))
+    (ours, left_out), (theirs, also_left_out) = rows_of(log.in_columns()), rows_of(log)
+    assert len(ours) == 2 and ours["clicked"].any() and left_out == also_left_out
+    for name, column in theirs.columns.items():
+        np.testing.assert_array_equal(ours[name], column, name)
+
+
 def test_without_an_offset_it_is_the_state_of_all_records_stamped_before_the_reply() -> None:
     log = beginning()
     counted(log, 8)
