@@ -466,12 +466,16 @@ class Engine:
             self._recorder.features(self._sweep.states, self.features)
 
     def refresh_now(self) -> None:
-        """One whole refresh in the calling (engine) thread: for replay, where time is the file's."""
+        """One whole refresh in the calling (engine) thread: for replay, where time is the file's.
+
+        It stands for the one that is due: the next comes by itself after the usual time, and not just behind it.
+        """
         assert self._refresher is not None and self._commit is not None
         now_ms = self._commit.settled_ms()
         sweep = Sweep.begin(self.table, self.features)
         while not sweep.finished:
             sweep.step(self.streams, now_ms)
+        self._sweep, self._next_refresh_ms = sweep, now_ms + self.settings.scoring.refresh_ms
         with self._refresher.paused():
             with self._wake:
                 self._results.clear()  # older than what follows

@@ -40,10 +40,10 @@ RESTORE_WITHIN_S = 0.5
 
 
 class _Shadow:
-    """A candidate on trial. percent: of the refreshes that it scores. due: share of a refresh saved up."""
+    """A candidate on ``trial``. percent: of the refreshes that it scores. due: share of a refresh saved up."""
 
-    def __init__(self, version: int, label: str, scorer: SharedScorer, percent: float) -> None:
-        self.version, self.label, self.scorer, self.percent = version, label, scorer, percent
+    def __init__(self, version: int, label: str, scorer: SharedScorer, percent: float, trial: Trial) -> None:
+        self.version, self.label, self.scorer, self.percent, self.trial = version, label, scorer, percent, trial
         self.due = 0.0
 
 
@@ -124,10 +124,10 @@ class TrendPath:
     def begin(self, version: int, percent: float) -> None:
         """See ServingPath."""
         label = self._label(version)
-        self.trial = Trial()
+        self.trial = trial = Trial()
         self._on_engine(lambda: self._engine.try_candidate(label))
         with self._wake:
-            self._shadow = _Shadow(version, label, self._opened[version], percent)
+            self._shadow = _Shadow(version, label, self._opened[version], percent, trial)
 
     def share(self, scored_percent: float, served_percent: float) -> None:
         """See ServingPath."""
@@ -269,12 +269,12 @@ class TrendPath:
                     logger.debug("the engine stopped before it took a candidate's scores")
                 except Exception as error:  # a foreign model's: it must not end the thread, but its own trial
                     logger.exception("unexpected error while a candidate scored")
-                    self.trial.failed(f"{type(error).__name__}: {error}")
+                    left[0].trial.failed(f"{type(error).__name__}: {error}")
                 with self._wake:
                     self._work_left = None
 
     def _try(self, shadow: _Shadow, job: RefreshJob, serving: NDArray[np.float32], serving_s: float) -> None:
-        trial, lane = self.trial, self._engine.candidate
+        trial, lane = shadow.trial, self._engine.candidate
         began_s = time.monotonic()
         try:
             answer = self._named(shadow.scorer, shadow.version, job.features, self._refresher.deadline_s)

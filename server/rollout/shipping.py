@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ LOOK_EVERY_S = 0.1
 MEND_EVERY_S = 1.0
 PUSH_WAIT_S = 5.0
 """For whoever loads or unloads versions just now."""
+RESUME_WAIT_S = 5.0
+"""For what the rollout file says to be in force again after a start."""
 OURSELVES = "server"
 
 
@@ -86,7 +89,7 @@ class Shipping:
         self._rollouts = {model: Rollout() for model in paths} | file.load()
         self._lock = threading.RLock()  # of the state; held for moments only
         self._pushing = threading.Lock()  # of what is loaded; taken before the other, held as long as loading takes
-        self._resumed: set[str] = set()
+        self._resumed = {model: threading.Event() for model in paths}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rollout", daemon=True)
         self._mend_again_s = 0.0
@@ -96,6 +99,8 @@ class Shipping:
         for repository in self._repositories.values():
             repository.sweep()
         for model, path in self._paths.items():
+            if not self._rollouts[model].held:
+                self._resumed[model].set()  # there is nothing to go on with
             self._disclose(model, path)
         self._thread.start()
 
@@ -153,6 +158,7 @@ class Shipping:
         """
         path = self._path(model)
         with self._ledger.step(model, version, "push", who, why):
+            self._wait_until_resumed(model)
             if not self._pushing.acquire(timeout=PUSH_WAIT_S):
                 raise Refused("another push is on its way")
             try:
@@ -215,8 +221,7 @@ class Shipping:
     def shadow(self, model: str, version: int, percent: float, who: str, why: str) -> Rollout:
         """Scores a share of the traffic by the candidate; nobody sees it. Raises Refused."""
         path = self._path(model)
-        with self._ledger.step(model, version, "shadow", who, why, percent=percent), self._lock:
-            before = self._rollouts[model]
+        with self._ledger.step(model, version, "shadow", who, why, percent=percent), self._stepping(model) as before:
             now = before.shadowed(version, percent, self._clock.now_ms())
             self._save(model, now)
             if before.stage is Stage.SHADOW:
@@ -230,8 +235,7 @@ class Shipping:
         """Serves a share of the viewers by the candidate. Raises Refused."""
         path = self._path(model)
         fields = {"percent": percent, "hold_ms": hold_ms}
-        with self._ledger.step(model, version, "canary", who, why, **fields), self._lock:
-            before = self._rollouts[model]
+        with self._ledger.step(model, version, "canary", who, why, **fields), self._stepping(model) as before:
             now = before.canaried(version, percent, hold_ms, self._clock.now_ms())
             if before.stage is not Stage.PUSHED and (ends := self._verdict(path)):
                 raise Refused(f"{model}/{version} would be rolled back at once: {ends[0]}: {ends[1]}")
@@ -245,8 +249,7 @@ class Shipping:
     def promote(self, model: str, version: int, force: bool, who: str, why: str) -> Rollout:
         """Serves everybody by the candidate, in one step. Raises Refused; nothing changed then."""
         path = self._path(model)
-        with self._ledger.step(model, version, "promote", who, why, force=force), self._lock:
-            before = self._rollouts[model]
+        with self._ledger.step(model, version, "promote", who, why, force=force), self._stepping(model) as before:
             now = before.promoted(version, force, self._clock.now_ms())
             self._save(model, now)
             try:
@@ -285,6 +288,18 @@ class Shipping:
         self._let_go(path)
         return now
 
+    @contextmanager
+    def _stepping(self, model: str) -> Iterator[Rollout]:
+        """Inside, nobody else takes a step; where the rollout stands. Not for `rollback`, which waits for nothing."""
+        self._wait_until_resumed(model)
+        with self._lock:
+            yield self._rollouts[model]
+
+    def _wait_until_resumed(self, model: str) -> None:
+        """A candidate that is not open yet can neither score nor serve. Raises Refused."""
+        if not self._resumed[model].wait(RESUME_WAIT_S):
+            raise Refused(f"{model}: the versions of before the restart are not loaded yet; try again")
+
     def _let_go(self, path: ServingPath) -> None:
         """Unloads what nobody needs at once, in a thread: whoever rolls back waits neither for that nor for a push."""
 
@@ -309,15 +324,16 @@ class Shipping:
 
     def look(self, model: str, path: ServingPath) -> None:
         """One look: resumes, mends, ends or moves on what is due."""
-        if time.monotonic() >= self._mend_again_s and (path.is_troubled() or model not in self._resumed):
+        resumed = self._resumed[model]
+        if time.monotonic() >= self._mend_again_s and (path.is_troubled() or not resumed.is_set()):
             self._mend_again_s = time.monotonic() + MEND_EVERY_S
             self._mend(path)
-        if model not in self._resumed:
+        if not resumed.is_set():
             self._resume(model, path)
         self._show(model, path)
         with self._lock:
             rollout = self._rollouts[model]
-            if rollout.stage is not Stage.CANARY or model not in self._resumed:
+            if rollout.stage is not Stage.CANARY or not resumed.is_set():
                 return
             if ends := self._verdict(path):
                 guardrail, seen = ends
@@ -341,7 +357,10 @@ class Shipping:
             logger.warning("%s: %s", path.model, error)
 
     def _resume(self, model: str, path: ServingPath) -> None:
-        """After a start: the candidate goes on where it stood, as soon as it can be asked."""
+        """After a start: the candidate goes on where it stood, as soon as it can be asked.
+
+        Until then it can be rolled back, and no other step is taken: one that began a trial would have it begun again.
+        """
         try:
             with self._pushing:
                 rollout = self._rollouts[model]
@@ -355,18 +374,22 @@ class Shipping:
             return
         except ScoringError as error:
             logger.error("%s: %s", model, error)
-            self._resumed.add(model)
-            if rollout.candidate:
-                self.rollback(model, OURSELVES, f"after a restart: {error}", "errors")
+            with self._lock:
+                if self._rollouts[model] == rollout:  # and nobody rolled it back meanwhile
+                    self._resumed[model].set()
+                    if rollout.candidate:
+                        self.rollback(model, OURSELVES, f"after a restart: {error}", "errors")
             return
         with self._lock:
-            if self._rollouts[model] == rollout:
-                if rollout.stage in (Stage.SHADOW, Stage.CANARY):
-                    serves = rollout.percent if rollout.stage is Stage.CANARY else 0.0
-                    scores = 100.0 if rollout.stage is Stage.CANARY else rollout.percent
-                    path.begin(rollout.candidate, scores)
-                    path.share(scores, serves)
-                self._resumed.add(model)
+            if self._rollouts[model] != rollout:
+                path.forget(rollout.candidate)  # rolled back while it was opened; the next look goes on from there
+                return
+            if rollout.stage in (Stage.SHADOW, Stage.CANARY):
+                serves = rollout.percent if rollout.stage is Stage.CANARY else 0.0
+                scores = 100.0 if rollout.stage is Stage.CANARY else rollout.percent
+                path.begin(rollout.candidate, scores)
+                path.share(scores, serves)
+            self._resumed[model].set()
         self._disclose(model, path)
 
     # --- keeping ------------------------------------------------------------------------------

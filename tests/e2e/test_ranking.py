@@ -273,6 +273,27 @@ def test_views_built_before_and_after_new_streams_within_one_tick_fit_together(t
         assert len(client.rank(languages=["de"]).streams) == 4
 
 
+def test_a_refresh_that_was_asked_for_is_not_followed_by_one_of_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_app(tmp_path) as client:
+        engine, jobs = client.app.engine, []
+        assert engine._refresher is not None
+        monkeypatch.setattr(engine._refresher, "submit", lambda job: jobs.append(job.as_of_ms) or True)
+
+        def refresh_when_one_is_due() -> None:
+            client.clock.advance(5_000)
+            engine.refresh_now()
+            engine._tick()
+
+        for _ in range(2):
+            engine.call(refresh_when_one_is_due).result(10.0)
+        assert jobs == [], "its scores would replace those that were asked for"
+        client.clock.advance(1_000)
+        eventually(lambda: jobs, what="the next one, in its time")
+        assert jobs[0] == T0 + 11_000
+
+
 def test_min_offset_waits_for_the_write_and_fails_precisely_when_it_does_not_come(tmp_path: Path) -> None:
     with running_app(tmp_path) as client:
         ack = client.publish(started("s", 0))

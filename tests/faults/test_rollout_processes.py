@@ -25,6 +25,7 @@ def server_settings(folder: Path) -> dict[str, dict[str, Any]]:
         "table": {**SMALL, "lease_ms": 600_000},
         "scoring": {"mode": "local", "model_repository": str(folder / "models"), "refresh_ms": 100},
         "rank": sections["rank"],
+        "rollout": sections["rollout"],
     }
 
 
