@@ -194,7 +194,7 @@ class Pipeline:
         """What query sources work on, and int32[B]: how much of its view each request takes at this quality."""
         least = _LEAST_PER_PLACE * (batch.limits + self._settings.rank.reserve) + np.diff(batch.excluded_offsets)
         lengths = np.array([len(view.slots) for view in views])[batch.filter_of]
-        limits = lengths if quality >= 1.0 else np.maximum(least, np.ceil(quality * lengths))
+        limits = lengths if quality >= 1.0 else np.minimum(lengths, np.maximum(least, np.ceil(quality * lengths)))
         eligible = views[0].eligible[None] if len(views) == 1 else np.stack([view.eligible for view in views])
         work = Batch(batch, self.snapshot, eligible, self._search, quality, int(least.max()))
         return work, limits.astype(np.int32)

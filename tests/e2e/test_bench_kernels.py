@@ -8,7 +8,7 @@ import sys
 
 from loadtest.processes import ROOT
 
-PER_REQUEST = {"retrieve", "merge", "blend", "slate", "verify", "encode"}
+PER_REQUEST = {"retrieve", "retrieve_float32", "merge", "blend", "slate", "verify", "encode"}
 PER_TABLE = {"eligible", "groups", "distinct", "features", "rules"}
 PER_EVENT = {"lookup", "fence", "scatter", "observe"}
 

@@ -117,6 +117,7 @@ def test_a_batch_is_finished_after_the_next_was_started_and_none_is_left_behind(
 def test_a_canary_is_ranked_on_the_host_and_a_promotion_reaches_the_device(client: Client) -> None:
     engine = client.app.engine
     client.tick()
+    client.app._refresher.close()  # the model that it asks is still the first one
     used = engine.scores
     assert used.scores is not None
     scores = np.float32(1.0) - used.scores
