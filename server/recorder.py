@@ -49,6 +49,7 @@ class Recorder:
         self._events = {kind: metrics.events.labels(name) for kind, name in KIND_NAMES.items()}
         self._dead_by = {cause: metrics.dead_impressions.labels(cause.value) for cause in Cause}
         self._waits = {p: metrics.queue_wait_seconds.labels(p.name.lower()) for p in Priority}
+        self._refusals: dict[tuple[str, str], list[Any]] = {}
         self._shed = {(r, p): metrics.shed.labels(r.value, p.name.lower()) for r in ShedReason for p in Priority}
         self._viewers_forgotten = 0
         self.events_applied = 0
@@ -170,9 +171,14 @@ class Recorder:
 
     def refused(self, method: str, code: str) -> None:
         """A call was answered with an error status. Any thread."""
-        self.metrics.rpc_errors.labels(method, code).inc()
-        if method in ("Rank", "RankBatch"):
-            self.metrics.rank_requests.labels(code, "none").inc()
+        counters = self._refusals.get((method, code))
+        if counters is None:  # looked up once: under overload this runs thousands of times a second
+            counters = [self.metrics.rpc_errors.labels(method, code)]
+            if method in ("Rank", "RankBatch"):
+                counters.append(self.metrics.rank_requests.labels(code, "none"))
+            self._refusals[method, code] = counters
+        for counter in counters:
+            counter.inc()
 
     def embedding_looked_up(self, outcome: str, cached: bool) -> None:
         """An embedding was looked up. Any thread."""
