@@ -20,9 +20,9 @@ demo: setup triton                 ## Triton, server, simulated platform: one mi
 serve: setup                       ## a server with the default settings (model in process)
 	$(BIN)/liverank serve
 test: $(TESTING) triton            ## all tests, a real Triton included
-	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/parity tests/contract
-	TESTS_BEHIND_AN_EDGE=1 $(BIN)/python -m pytest $(BEHIND_AN_EDGE)
-	$(BIN)/python -m pytest tests/e2e tests/faults   # real processes and their times: one after the other
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/parity tests/contract tests/e2e
+	TESTS_BEHIND_AN_EDGE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(BEHIND_AN_EDGE)
+	$(BIN)/python -m pytest tests/faults   # real processes and their times: one after the other
 check: $(TESTING)                  ## style, types, and what bandit finds suspicious
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
