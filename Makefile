@@ -9,6 +9,9 @@ TESTING := $(VENV)/.testing-$(EXTRA)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROTOS := $(wildcard proto/liverank/v1/*.proto) proto/build_hook.py
 
+# Faults of processes that wait for conditions only, so that they may share the machine with other tests.
+PATIENT := $(addprefix tests/faults/,test_rollout_processes.py test_rollout_triton.py test_log_faults.py test_redis.py \
+	test_secrets.py test_ranker_triton.py)
 # Run twice: in one process, and behind an edge.
 BEHIND_AN_EDGE := tests/e2e/test_ranking.py tests/e2e/test_liveness.py tests/e2e/test_columnar_publish.py
 
@@ -20,9 +23,9 @@ demo: setup triton                 ## Triton, server, simulated platform: one mi
 serve: setup                       ## a server with the default settings (model in process)
 	$(BIN)/liverank serve
 test: $(TESTING) triton            ## all tests, a real Triton included
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/parity tests/contract tests/e2e
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/parity tests/contract tests/e2e $(PATIENT)
 	TESTS_BEHIND_AN_EDGE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(BEHIND_AN_EDGE)
-	$(BIN)/python -m pytest tests/faults   # real processes and their times: one after the other
+	$(BIN)/python -m pytest tests/faults $(PATIENT:%=--ignore=%)   # real processes and their times: one after the other
 check: $(TESTING)                  ## style, types, and what bandit finds suspicious
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -62,7 +62,7 @@ class Plan:
 
 
 DEFAULT = Plan()
-QUICK = Plan(streams=(10_000,), concurrency=(1, 64), seconds=0.7)
+QUICK = Plan(streams=(10_000,), concurrency=(1, 64), rounds=1, seconds=0.7)
 
 
 def plan_from(streams: list[int] | None, concurrency: list[int] | None, seconds: float | None, quick: bool) -> Plan:

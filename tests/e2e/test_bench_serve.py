@@ -80,7 +80,9 @@ def test_all_servers_answer_valid_replies_of_the_same_size(servers: dict[str, Co
         assert all(s.verify_by_ms > reply.as_of_ms > 0 and np.isfinite(s.score) for s in reply.streams), name
         assert list(reply.source_names), name
         # Generated classes leave out fields that are zero, such as exploration; ours writes all of them.
-        assert len(payload) == pytest.approx(len(replies[OURS]), rel=0.005 if name in (CONSTANT, THREADS) else 0.11), name
+        assert len(payload) == pytest.approx(len(replies[OURS]), rel=0.005 if name in (CONSTANT, THREADS) else 0.11), (
+            name
+        )
         if name not in (CONSTANT, THREADS):
             assert reply.request_id == requests[2].request_id
 
