@@ -25,6 +25,8 @@ OLDEST_MS = 7_200_000
 OUR_DIVERSITY = 0.15
 """`diversity` of surface.default, given to the textbook server with MMR."""
 CALL_TIMEOUT_S = 10.0
+STOP_PATIENCE_S = 40
+"""Edges drain first, then their engine: on a busy machine that is not done in ten seconds."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     which is never while that waits for the handler.
     """
     process.send_signal(signal.SIGCONT)
-    for _ in range(10):
+    for _ in range(STOP_PATIENCE_S):
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(1.0)

@@ -70,7 +70,10 @@ class EngineLink:
         with self._lock:
             connection = self._socket
         if connection is not None:
-            connection.shutdown(socket.SHUT_RDWR)
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError as error:
+                logger.debug("the engine was gone already: %s", error)
         self._thread.join()
 
     @property
