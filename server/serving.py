@@ -7,7 +7,8 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -75,8 +76,7 @@ def serve_edge(config: Path | None, ready_file: Path, folder: Path, number: int,
 
 def _supervise(settings: Settings, config: Path | None, ready_file: Path | None, log_level: str) -> int:
     arguments = ["--log-level", log_level, *(["--config", str(config)] if config is not None else [])]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    try:
+    with _stops_blocked():
         supervisor = Supervisor(settings, arguments, ready_file)
         running = threading.Thread(target=_run_and_tell, args=(supervisor,), name="supervisor")
         running.start()
@@ -84,8 +84,6 @@ def _supervise(settings: Settings, config: Path | None, ready_file: Path | None,
         supervisor.stop()
         running.join()
         return supervisor.status
-    finally:
-        _forget_stops(before)
 
 
 def _run_and_tell(supervisor: Supervisor) -> None:
@@ -99,10 +97,21 @@ def _tell_myself() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _forget_stops(before: set[signal.Signals] | set[int]) -> None:
-    while signal.sigtimedwait(_STOPS, 0) is not None:
-        pass  # a second request to stop, which must not kill what has ended in order
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+@contextmanager
+def _stops_blocked() -> Iterator[None]:
+    """Blocked before any library starts a thread, then waited for: a handler runs only when the main thread happens to
+    wake up, and a signal that the kernel hands to another thread does not wake it.
+
+    After serving they stay blocked until the process is gone: a second request must not kill what ends in order.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    except BaseException:  # it did not come to serving
+        while signal.sigtimedwait(_STOPS, 0) is not None:
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
 
 
 def _raise_file_limit() -> None:
@@ -113,13 +122,8 @@ def _raise_file_limit() -> None:
 
 def _until_told(make: Callable[[Callable[[], None]], _Serving], ready_file: Path | None) -> int:
     _raise_file_limit()
-    # Blocked before any library starts a thread, then waited for: a handler runs only when the main thread
-    # happens to wake up, and a signal that the kernel hands to another thread does not wake it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    try:
+    with _stops_blocked():
         return _serve_until(make, ready_file)
-    finally:
-        _forget_stops(before)
 
 
 def _serve_until(make: Callable[[Callable[[], None]], _Serving], ready_file: Path | None) -> int:
