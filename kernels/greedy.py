@@ -1,17 +1,30 @@
 """The compiled loop behind :func:`kernels.slate.select_slates`: lazy greedy choice, row by row.
 
+Positions, in order of utility, are taken sixteen at a time. Cosines are summed in float32, sixteen lanes at once
+(`kernels/cosines.py`), and are wrong by less than a known amount; so they rule out nearly everyone, and only where two
+or more might be best are values computed as they are defined, in float64. Groups none of whose stale values, which
+only fall, can be best are left alone.
+
 Why it looks as it does: Numba counts references to arrays with locked instructions wherever a function that takes
 arrays is called in a loop and is not made part of its caller, and wherever an array is sliced. Ten arrays handed to
 one call per choice cost more than all cosines. So the choice stands in one function, and what it calls is forced
-inline. Nothing here checks shapes; values are checked by `rank_candidates`.
+inline. Whose address is taken is an argument: see `kernels.vectors`. Nothing here checks shapes; values are checked by
+`rank_candidates`.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from kernels.cosines import LANES, at_least, lay_side_by_side, meet, worth_now
+from kernels.vectors import lowest_bit
+
+COMPILED_WITH = "ea31bc7c2739cb2a"  # cosines.py and vectors.py; see the latter
 SLATE, EXPLORATION, RESERVE, CREATOR_CAP, CATEGORY_CAP, BELOW_LIMIT = range(1, 7)
 """Members of `kernels.slate.Outcome`: Numba reads plain integers."""
 OK, BAD_LIMIT, BAD_EXPLORE_SLOTS, BAD_CREATOR_CAP, BAD_CATEGORY_CAP, BAD_DIVERSITY, BAD_SLOT = range(7)
@@ -21,9 +34,9 @@ _HALF, _LOW = np.uint64(32), np.uint64(0xFFFF_FFFF)
 _SIGN, _NOT_SIGN = np.uint64(0x8000_0000), np.uint64(0x7FFF_FFFF)
 _EXPONENT, _MINUS_INFINITY = np.uint64(0x7F80_0000), np.uint64(0xFF80_0000)
 _GOLDEN_GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)
-_COMMON_DIM = 64
-_AT_ONCE = 8
-"""Cosines between two looks at whether they still matter: fewer cost a mispredicted branch, more are wasted."""
+_LANE_BYTES = 4 * LANES
+_ROUNDING = np.float32(2.0**-20)
+"""More than float32 may lose, relative to what is added, between worth, penalty and value."""
 _BY_CREATOR, _BY_CATEGORY = np.uint8(1), np.uint8(2)
 
 
@@ -117,60 +130,58 @@ def _order_ties_by_id(
 
 
 @njit(cache=True, nogil=True, forceinline=True, fastmath={"reassoc", "contract"})
-def _closest(
-    vectors: NDArray[np.float32],
-    p: int,
-    chosen: NDArray[np.float64],
-    first: int,
-    last: int,
-    penalty: np.float32,
-) -> np.float32:
-    """The greatest of ``penalty`` and the cosines of ``vectors[p]`` with ``chosen[first:last]``.
-
-    Reassociation lets the compiler use vectors (5 times faster) and keeps NaN. Products are exact in float64, so
-    another order of the sum changes the float32 result about once in 10^8 cosines, and never between runs on one
-    kind of processor.
-    """
-    if vectors.shape[1] == _COMMON_DIM:
-        for j in range(first, last):
-            total = 0.0
-            for d in range(_COMMON_DIM):  # of constant length: straight vector code, the row stays in registers
-                total += np.float64(vectors[p, d]) * chosen[j, d]
-            cosine = np.float32(total)
-            if cosine > penalty:
-                penalty = cosine
-        return penalty
-    for j in range(first, last):
-        total = 0.0
-        for d in range(vectors.shape[1]):
-            total += np.float64(vectors[p, d]) * chosen[j, d]
-        cosine = np.float32(total)
-        if cosine > penalty:
-            penalty = cosine
-    return penalty
+def _cosine(embeddings: NDArray[np.float32], slot: int, other: int) -> np.float32:
+    """As it is defined. Products are exact in float64, so the order of the sum, which the compiler may choose, changes
+    the result about once in 10^8 cosines, and never between runs on one kind of processor."""
+    total = 0.0
+    for d in range(embeddings.shape[1]):
+        total += np.float64(embeddings[slot, d]) * np.float64(embeddings[other, d])
+    return np.float32(total)
 
 
 @njit(cache=True, nogil=True, forceinline=True)
 def _take_place(
     value: int,
     taken: NDArray[np.int32],
-    n: int,
+    n_taken: int,
     cap: int,
-    of_candidates: NDArray[np.int32],
+    of_positions: NDArray[np.int32],
+    n: int,
     full: NDArray[np.uint8],
     mark: np.uint8,
+    worth: NDArray[np.float32],
+    left: NDArray[np.int32],
 ) -> None:
-    """Notes that a value took place n; if it is now at its cap, marks its candidates as full."""
-    taken[n] = value
+    """Notes that a value took a place; if it is now at its cap, its positions are full and no longer left."""
+    taken[n_taken] = value
     places = 0
-    for i in range(n + 1):
+    for i in range(n_taken + 1):
         places += taken[i] == value
     if places == cap:
-        for i in range(of_candidates.shape[0]):
-            full[i] |= mark if of_candidates[i] == value else np.uint8(0)
+        for p in range(n):
+            if of_positions[p] == value:
+                full[p] |= mark
+                left[p // LANES] -= int(worth[p] == worth[p])
+                worth[p] = np.nan
 
 
-@njit(cache=True, nogil=True)
+class _Scratch(NamedTuple):
+    """What one row's choice needs, by position (utility descending, then id), by sixteen of them, or by choice.
+
+    worth: utility; NaN: chosen, or at a cap. value: worth less the penalty, as far as it is known. closest, second,
+    which: see `cosines.meet`. sides: embeddings side by side. rows_at: addresses. chosen: embeddings.
+    """
+
+    worth: NDArray[np.float32]
+    value: NDArray[np.float32]
+    closest: NDArray[np.float32]
+    second: NDArray[np.float32]
+    which: NDArray[np.int32]
+    sides: NDArray[np.float32]
+    rows_at: NDArray[np.int64]
+    chosen: NDArray[np.float32]
+
+
 def choose(
     keys: NDArray[np.uint64],
     slots: NDArray[np.int32],
@@ -189,6 +200,49 @@ def choose(
     reserve: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
     """The fields of `kernels.slate.Slates`; ``keys`` is what `rank_candidates` fills, sorted per row."""
+    width, groups = slots.shape[1], -(-slots.shape[1] // LANES)
+    most = min(int(limits.max(initial=0)) + reserve, width)
+    dim = -(-embeddings.shape[1] // LANES) * LANES
+    scratch = _Scratch(
+        *(np.empty(groups * LANES, np.float32) for _ in range(4)),
+        np.empty(groups * LANES, np.int32),
+        _zeros_in_lines(groups, dim, LANES),  # zero beyond the last dimension
+        np.empty(LANES, np.int64),
+        np.zeros((most, dim), np.float32),
+    )
+    return _choose(
+        scratch, keys, slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,
+        creator_caps, category_caps, diversity, reserve,
+    )  # fmt: skip
+
+
+def _zeros_in_lines(*shape: int) -> NDArray[np.float32]:
+    """float32 of a shape, from the beginning of a cache line: a vector across two lines takes twice as long to load."""
+    count = math.prod(shape)
+    store = np.zeros(count + LANES, np.float32)
+    first = -store.ctypes.data % _LANE_BYTES // 4
+    return store[first : first + count].reshape(shape)
+
+
+@njit(cache=True, nogil=True)
+def _choose(
+    scratch: _Scratch,
+    keys: NDArray[np.uint64],
+    slots: NDArray[np.int32],
+    utility: NDArray[np.float32],
+    explorable: NDArray[np.bool_],
+    creators: NDArray[np.int32],
+    categories: NDArray[np.int32],
+    embeddings: NDArray[np.float32],
+    ids: NDArray[np.uint8],
+    limits: NDArray[np.int32],
+    explore_slots: NDArray[np.int32],
+    seeds: NDArray[np.uint64],
+    creator_caps: NDArray[np.int32],
+    category_caps: NDArray[np.int32],
+    diversity: NDArray[np.float32],
+    reserve: int,
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
     batch, width = slots.shape
     longest = np.int64(0)
     for b in range(batch):
@@ -198,22 +252,32 @@ def choose(
     n_slate = np.zeros(batch, np.int32)
     n_reserve = np.zeros(batch, np.int32)
     outcome = np.zeros((batch, width), np.uint8)
-    most, dim = min(longest + reserve, width), embeddings.shape[1]
-    # By candidate: creator, category, and whether they are at their cap.
+    worth, _, closest, second, which, sides, rows_at, chosen = scratch
+    most, dim, whole = chosen.shape[0], embeddings.shape[1], embeddings.shape[1] // LANES * LANES
+    worth_at, value_at, closest_at = scratch.worth.ctypes.data, scratch.value.ctypes.data, scratch.closest.ctypes.data
+    second_at, which_at, sides_at = scratch.second.ctypes.data, scratch.which.ctypes.data, scratch.sides.ctypes.data
+    pointers_at, chosen_at, table_at = (
+        scratch.rows_at.ctypes.data, scratch.chosen.ctypes.data, embeddings.ctypes.data,
+    )  # fmt: skip
+    doubt = np.float32((dim + 8) * 2.0**-23)  # of a cosine: twice what a sum of so many can lose
+    # By position.
+    padded = worth.shape[0]
+    order = np.empty(width, np.int32)  # its candidate
+    slot_of = np.empty(padded, np.int32)
     creator_of = np.empty(width, np.int32)
     category_of = np.empty(width, np.int32)
     full = np.empty(width, np.uint8)
-    # By position, which goes by utility, then id.
-    order = np.empty(width, np.int32)  # its candidate
-    worth = np.empty(width, np.float32)
-    bound = np.empty(width, np.float32)  # its value is not above; NaN: chosen, or found to be full
-    penalty = np.empty(width, np.float32)  # greatest cosine with the first `compared` choices
+    penalty = np.empty(width, np.float32)  # greatest cosine, as it is defined, with the first `compared` choices
     compared = np.empty(width, np.int32)
-    vectors = np.empty((width, dim), np.float32)  # embeddings of the positions before `end`
-    near = np.empty(width, np.int32)  # positions that may be best
+    near = np.empty(padded, np.int32)  # positions that may be best
     pool = np.empty(width, np.int32)  # explorable positions
+    # By sixteen positions.
+    top = np.empty(padded // LANES, np.float32)  # worth of the first
+    bound = np.empty(padded // LANES, np.float32)  # no value is above
+    met = np.empty(padded // LANES, np.int32)  # choices that `closest` knows
+    left = np.empty(padded // LANES, np.int32)  # positions that may still be chosen
     # By choice.
-    chosen = np.empty((most, dim), np.float64)
+    slot_chosen = np.empty(most, np.int32)
     creators_taken = np.empty(most, np.int32)
     categories_taken = np.empty(most, np.int32)
     greedy = np.empty(most, np.int32)
@@ -233,22 +297,33 @@ def choose(
             for p in range(n):
                 pool[n_pool] = p
                 n_pool += int(explorable[b, order[p]])
-        for i in range(width):
-            slot = slots[b, i]
-            creator_of[i] = creators[slot] if slot >= 0 else 0
-            category_of[i] = categories[slot] if slot >= 0 else 0
-            full[i] = 0
+        groups = -(-n // LANES)
         for p in range(n):
-            bound[p] = worth[p]
+            slot = slots[b, order[p]]
+            slot_of[p] = slot
+            creator_of[p] = creators[slot]
+            category_of[p] = categories[slot]
+        for p in range(n):
+            full[p] = 0
             penalty[p] = 0.0
             compared[p] = 0
+        for p in range(n, groups * LANES):
+            worth[p] = np.nan
+            slot_of[p] = slot_of[0]
+        for p in range(groups * LANES):
+            closest[p] = 0.0
+            second[p] = -np.inf
+            which[p] = -1
+        for g in range(groups):
+            top[g] = bound[g] = worth[g * LANES]
+            met[g] = 0
+            left[g] = min(LANES, n - g * LANES)
         weight = diversity[b]
         limit = int(limits[b])
         places = min(int(explore_slots[b]), limit, n_pool)
         state = seeds[b]
         n_chosen = n_greedy = n_drawn = n_spare = 0
-        first = end = 0  # the window: who may be best is in it
-        rival = -1  # second best of the last choice: most often the best of the next
+        first = laid = 0  # groups: the first with somebody left, and how many lie side by side
         # Phases: 0 greedy up to limit − places, 1 draws, 2 greedy up to the limit, 3 reserve.
         phase = 0
         while True:
@@ -260,83 +335,91 @@ def choose(
                 phase = 3
             if phase == 3 and n_spare == reserve:
                 break
-            best = -1
             if phase == 1:
-                left = 0
+                n_left = 0
                 for i in range(n_pool):
                     p = pool[i]
-                    pool[left] = p
-                    left += int(bound[p] == bound[p] and full[order[p]] == 0)
-                n_pool = left
+                    pool[n_left] = p
+                    n_left += int(worth[p] == worth[p])
+                n_pool = n_left
                 if n_pool == 0:
                     places = n_drawn
                     continue
                 state += _GOLDEN_GAMMA
-                best = int(pool[np.int64(((_splitmix64(state) >> _HALF) * np.uint64(n_pool)) >> _HALF)])
+                best = np.int64(pool[np.int64(((_splitmix64(state) >> _HALF) * np.uint64(n_pool)) >> _HALF)])
                 drawn[n_drawn] = best
                 chance[n_drawn] = np.float32(1.0 / n_pool)
                 n_drawn += 1
                 outcome[b, order[best]] = EXPLORATION
-                if best == rival:
-                    rival = -1
             else:
-                # Someone whose exact value nobody worse than it can be best with.
-                if rival < 0 or full[order[rival]] != 0:
-                    while first < n and (bound[first] != bound[first] or full[order[first]] != 0):
-                        bound[first] = np.nan
-                        first += 1
-                    rival = first
-                if rival == n:
-                    rival = -1
+                while first < groups and left[first] == 0:
+                    first += 1
+                if first == groups:
                     if phase >= 2:
                         break
                     places = 0  # no candidate is within its caps: nothing to draw either
                     limit = n_greedy
                     continue
-                best, rival = rival, -1
-                while True:  # first the one, then whoever its value lets into the window
-                    known = end > best
-                    if known and compared[best] < n_chosen and weight > 0:
-                        penalty[best] = _closest(vectors, best, chosen, compared[best], n_chosen, penalty[best])
-                        compared[best] = n_chosen
-                        bound[best] = worth[best] - weight * penalty[best]
-                    if known and (end == n or worth[end] < bound[best]):
-                        break
-                    slot = slots[b, order[end]]
-                    for d in range(dim):
-                        vectors[end, d] = embeddings[slot, d]
-                    end += 1
-                best_value = bound[best]
-                rival_value = np.float32(-np.inf)
-                n_near = np.uint64(0)
-                for q in range(np.uint64(first), np.uint64(end)):  # without a branch; unsigned: see kernels/topk.py
-                    near[n_near] = q
-                    n_near += np.uint64(bound[q] >= best_value)
-                for i in range(np.int64(n_near)):
-                    p = near[i]
-                    if p == best or bound[p] < best_value:
+                greatest = least = np.float32(-np.inf)
+                end = first
+                while end < groups and top[end] >= least:
+                    g, end = end, end + 1
+                    if left[g] == 0 or bound[g] < least:
                         continue
-                    if full[order[p]] != 0:
-                        bound[p] = np.nan  # places are never given back
+                    at = g * _LANE_BYTES
+                    if weight > 0 and met[g] < n_chosen:
+                        while laid <= g:
+                            for i in range(LANES):
+                                rows_at[i] = table_at + np.int64(slot_of[laid * LANES + i]) * (4 * dim)
+                            side_at = sides_at + laid * sides.shape[1] * _LANE_BYTES
+                            lay_side_by_side(pointers_at, side_at, whole // LANES)
+                            for d in range(whole, dim):
+                                for i in range(LANES):
+                                    sides[laid, d, i] = embeddings[slot_of[laid * LANES + i], d]
+                            laid += 1
+                        meet(
+                            sides_at + g * sides.shape[1] * _LANE_BYTES, sides.shape[1], chosen_at, np.int64(met[g]),
+                            n_chosen, closest_at + at, second_at + at, which_at + at,
+                        )  # fmt: skip
+                        met[g] = n_chosen
+                    bound[g] = worth_now(worth_at + at, closest_at + at, weight, value_at + at)
+                    if bound[g] > greatest:
+                        greatest = bound[g]
+                        lost = np.float32(2.0) * weight * doubt + _ROUNDING * (abs(greatest) + weight + weight)
+                        least = greatest - lost
+                n_near = 0
+                for g in range(first, end):
+                    if left[g] == 0 or bound[g] < least:
                         continue
-                    while weight > 0 and compared[p] < n_chosen and bound[p] >= best_value:
-                        last = min(compared[p] + _AT_ONCE, n_chosen)
-                        penalty[p] = _closest(vectors, p, chosen, compared[p], last, penalty[p])
-                        compared[p] = last
-                        bound[p] = worth[p] - weight * penalty[p]
-                    value = bound[p]
-                    better = value > best_value
-                    if value == best_value:
-                        # Of equal worth, the earlier position has the lower id.
-                        if worth[p] == worth[best]:
-                            better = p < best
-                        else:
-                            better = _id_before(ids, slots[b, order[p]], slots[b, order[best]])
+                    bits = at_least(value_at + g * _LANE_BYTES, least)
+                    while bits:
+                        near[n_near] = g * LANES + lowest_bit(bits)
+                        bits &= bits - np.uint64(1)
+                        n_near += 1
+                best = np.int64(near[0])
+                best_value = np.float32(-np.inf)
+                for i in range(n_near if n_near > 1 else 0):
+                    p = np.int64(near[i])
+                    if weight > 0 and closest[p] - second[p] > np.float32(2.0) * doubt:
+                        known = np.float32(0.0)
+                        if which[p] >= 0:
+                            known = max(known, _cosine(embeddings, slot_of[p], slot_chosen[which[p]]))
+                        exact = worth[p] - weight * known
+                    elif weight > 0:
+                        for j in range(compared[p], n_chosen):
+                            cosine = _cosine(embeddings, slot_of[p], slot_chosen[j])
+                            if cosine > penalty[p]:
+                                penalty[p] = cosine
+                        compared[p] = n_chosen
+                        exact = worth[p] - weight * penalty[p]
+                    else:
+                        exact = worth[p]
+                    better = i == 0 or exact > best_value
+                    # Of equal worth, the earlier position has the lower id.
+                    if i > 0 and exact == best_value and worth[p] != worth[best]:
+                        better = _id_before(ids, slot_of[p], slot_of[best])
                     if better:
-                        rival, rival_value = best, best_value
-                        best, best_value = p, value
-                    elif (compared[p] == n_chosen or weight == 0) and (rival < 0 or value > rival_value):
-                        rival, rival_value = p, value
+                        best, best_value = p, exact
                 greedy[n_greedy + n_spare] = best
                 if phase == 3:
                     n_spare += 1
@@ -344,15 +427,18 @@ def choose(
                 else:
                     n_greedy += 1
                     outcome[b, order[best]] = SLATE
-            bound[best] = np.nan
-            candidate = order[best]
-            slot = slots[b, candidate]
+            worth[best] = np.nan
+            left[best // LANES] -= 1
+            slot = slot_of[best]
+            slot_chosen[n_chosen] = slot
             for d in range(dim):
                 chosen[n_chosen, d] = embeddings[slot, d]
-            creator, category = creator_of[candidate], category_of[candidate]
-            _take_place(creator, creators_taken, n_chosen, creator_caps[b], creator_of, full, _BY_CREATOR)
-            cap = category_caps[b] if category != 0 else most + 1
-            _take_place(category, categories_taken, n_chosen, cap, category_of, full, _BY_CATEGORY)
+            creator, category = creator_of[best], category_of[best]
+            _take_place(
+                creator, creators_taken, n_chosen, creator_caps[b], creator_of, n, full, _BY_CREATOR, worth, left
+            )
+            cap = category_caps[b] if category != 0 else np.int32(most + 1)
+            _take_place(category, categories_taken, n_chosen, cap, category_of, n, full, _BY_CATEGORY, worth, left)
             n_chosen += 1
 
         length = n_greedy + n_drawn
@@ -369,10 +455,10 @@ def choose(
             picks[b, length + i] = order[greedy[n_greedy + i]]
         n_slate[b] = length
         n_reserve[b] = n_spare
-        for i in range(width):
-            if outcome[b, i] == 0 and slots[b, i] >= 0:
-                if full[i] & _BY_CREATOR:
-                    outcome[b, i] = CREATOR_CAP
+        for p in range(n):
+            if outcome[b, order[p]] == 0:
+                if full[p] & _BY_CREATOR:
+                    outcome[b, order[p]] = CREATOR_CAP
                 else:
-                    outcome[b, i] = CATEGORY_CAP if full[i] else BELOW_LIMIT
+                    outcome[b, order[p]] = CATEGORY_CAP if full[p] else BELOW_LIMIT
     return picks, exploration, n_slate, n_reserve, outcome

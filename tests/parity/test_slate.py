@@ -102,13 +102,20 @@ def test_lazy_kernel_equals_eager_reference(problem: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("diversity", "dim", "levels"), [(0.0, 32, 0), (0.2, 32, 0), (0.2, 64, 0), (1.0, 64, 0), (0.2, 64, 3), (0.0, 64, 1)]
-)
-def test_lazy_kernel_equals_eager_reference_at_full_size(diversity: float, dim: int, levels: int) -> None:
-    """``levels``: how many different utilities there are; 0: all are."""
+    ("diversity", "dim", "levels", "noise"),
+    [
+        (0.0, 32, 0, 1.0), (0.2, 32, 0, 1.0), (0.2, 64, 0, 1.0), (1.0, 64, 0, 1.0), (0.2, 64, 3, 1.0),
+        (0.0, 64, 1, 1.0), (0.3, 50, 0, 1.0), (0.9, 64, 2, 1e-5), (0.3, 64, 1, 1e-5), (0.9, 50, 2, 1e-7), (0.9, 64, 1, 0.0),
+    ],
+)  # fmt: skip
+def test_lazy_kernel_equals_eager_reference_at_full_size(diversity: float, dim: int, levels: int, noise: float) -> None:
+    """``levels``: how many different utilities there are; 0: all are. A little ``noise`` makes embeddings that float32
+    sums cannot tell apart."""
     rng = np.random.default_rng(7)
     rows, width, batch = 3000, 400, 3
-    embeddings = rng.standard_normal((rows, dim)) + 2 * rng.standard_normal((12, dim))[rng.integers(0, 12, rows)]
+    embeddings = (
+        noise * rng.standard_normal((rows, dim)) + 2 * rng.standard_normal((12, dim))[rng.integers(0, 12, rows)]
+    )
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     embeddings[rng.random(rows) < 0.1] = 0
     problem = {

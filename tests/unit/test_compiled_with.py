@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from kernels import topk, topk_int8, vectors
+from kernels import cosines, greedy, topk, topk_int8, vectors
 
 
 def digest(*modules: ModuleType) -> str:
@@ -16,6 +16,8 @@ def digest(*modules: ModuleType) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-@pytest.mark.parametrize(("module", "calls"), [(topk, (vectors,)), (topk_int8, (vectors, topk))])
+@pytest.mark.parametrize(
+    ("module", "calls"), [(topk, (vectors,)), (topk_int8, (vectors, topk)), (greedy, (cosines, vectors))]
+)
 def test_a_file_changes_when_what_it_compiles_in_changes(module: ModuleType, calls: tuple[ModuleType, ...]) -> None:
     assert digest(*calls) == module.COMPILED_WITH, f"set COMPILED_WITH of {module.__name__} to {digest(*calls)}"
