@@ -12,6 +12,14 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from kernels.checks import require_array
+from kernels.cosines import LANES, inner_product
+from kernels.lines import LINE_BYTES
+from kernels.vectors import prefetch_lines
+
+_AHEAD = 8  # candidates: so far in front their embeddings are asked for
+COMPILED_WITH = "1194069e1fa15983"  # cosines.py and vectors.py; see the latter
+
 
 class BlendWeights(NamedTuple):
     """One float32[B] per weight: requests of different surfaces share a batch."""
@@ -22,18 +30,6 @@ class BlendWeights(NamedTuple):
     fresh: NDArray[np.float32]
     cold_start: NDArray[np.float32]
     boost: NDArray[np.float32]
-
-
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def _dot(queries: NDArray[np.float32], b: int, embeddings: NDArray[np.float32], slot: int) -> np.float32:
-    """Inner product; terms may be added in any order (hence in vectors), NaN and infinity as ever.
-
-    Takes rows by number: slicing them here costs more than the product (see kernels/greedy.py).
-    """
-    total = np.float32(0.0)
-    for d in range(queries.shape[1]):
-        total += queries[b, d] * embeddings[slot, d]
-    return total
 
 
 @njit(cache=True, nogil=True)
@@ -55,6 +51,9 @@ def _blend(
     utility = np.empty((rows, width), np.float32)
     similarity = np.empty((rows, width), np.float32)
     inside = True
+    queries_at, rows_at = queries.ctypes.data, embeddings.ctypes.data
+    lines = -(-4 * queries.shape[1] // LINE_BYTES)
+    dim, whole = queries.shape[1], queries.shape[1] // LANES * LANES
     for b in range(rows):
         n = 0
         while n < width and slots[b, n] >= 0:
@@ -63,27 +62,36 @@ def _blend(
         for i in range(n if inside else 0, width):
             utility[b, i] = -np.inf
             similarity[b, i] = np.nan
+        query_at = queries_at + b * 4 * dim
         personal = False
-        for d in range(queries.shape[1]):
+        for d in range(dim):
             if queries[b, d] != 0.0:
                 personal = True
                 break
+        # Of columns: a read from a tuple of arrays in the loop costs more than the value.
+        of_trend, of_cold, of_boost = weights.trend[b], weights.cold_start[b], weights.boost[b]
+        of_similarity, of_followed, of_fresh = weights.similarity[b], weights.followed[b], weights.fresh[b]
         for i in range(n if inside else 0):
             s = slots[b, i]
+            ahead = slots[b, min(i + _AHEAD, n - 1)]
+            if personal:
+                prefetch_lines(rows_at + np.int64(ahead) * (4 * dim), lines)
             t = trend[s]
-            u = weights.trend[b] * (weights.cold_start[b] if np.isnan(t) else t)
-            u += weights.boost[b] * boost[s]
+            u = of_trend * (of_cold if np.isnan(t) else t)
+            u += of_boost * boost[s]
             similarity[b, i] = np.nan
             if personal:
-                dot = _dot(queries, b, embeddings, s)
+                dot = inner_product(query_at, rows_at + np.int64(s) * (4 * dim), whole // LANES)
+                for d in range(whole, dim):
+                    dot += queries[b, d] * embeddings[s, d]
                 similarity[b, i] = dot
-                if dot > 0.0 or np.isnan(dot):
-                    u += weights.similarity[b] * dot
+                # No branch: which way it goes nobody can guess. NaN goes through.
+                u += of_similarity * (np.float32(0.0) if dot <= 0.0 else dot)
             if sources[b, i] & followed_bit:
-                u += weights.followed[b]
+                u += of_followed
             if sources[b, i] & fresh_bit:
                 age = np.float32(now_ms - started_ms[s]) / np.float32(fresh_age_ms)
-                u += weights.fresh[b] * max(np.float32(0.0), np.float32(1.0) - age)
+                u += of_fresh * max(np.float32(0.0), np.float32(1.0) - age)
             utility[b, i] = u
     return inside, utility, similarity
 
@@ -115,16 +123,13 @@ def blend(
         utility (-inf in padding) and similarity (NaN in padding or without an embedding).
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: an argument has the wrong dtype, shape or range; the message names it.
 
     Cost: 2 D flops and 4 D bytes per candidate.
     """
-    rows, width = slots.shape
-    if sources.shape != (rows, width) or queries.shape != (rows, embeddings.shape[1]):
-        raise ValueError(
-            f"sources [{rows}, {width}] and queries [{rows}, {embeddings.shape[1]}] wanted, "
-            f"got {list(sources.shape)} and {list(queries.shape)}"
-        )
+    require_array("sources", sources, np.uint32, slots.shape)
+    require_array("embeddings", embeddings, np.float32, (None, None))
+    require_array("queries", queries, np.float32, (slots.shape[0], embeddings.shape[1]))
     inside, utility, similarity = _blend(
         slots, sources, queries, trend, boost, started_ms, embeddings, weights,
         np.uint32(followed_bit), np.uint32(fresh_bit), now_ms, fresh_age_ms,

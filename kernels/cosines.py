@@ -1,7 +1,7 @@
-"""Cosines of one vector with sixteen others at a time, in LLVM's own language, for `kernels.greedy` to call.
+"""Inner products in float32, sixteen lanes at a time, in LLVM's own language, for compiled code to call.
 
-As in `kernels.vectors`: addresses, nothing is checked, and the digest rule. Sixteen rows lie with their dimensions side
-by side, ``float32[dim, 16]``, so that a lane is a row and no sum is ever taken across lanes.
+As in `kernels.vectors`: addresses, nothing is checked, and the digest rule. For many products with the same sixteen
+rows, these lie with their dimensions side by side, ``float32[dim, 16]``: a lane is a row, and no sum crosses lanes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,28 @@ _F32 = ir.FloatType()
 _FLOATS, _INTS, _FLAGS = (ir.VectorType(kind, LANES) for kind in (_F32, _I32, _I1))
 _SUMS, _AT_ONCE = 8, 4
 """Sums that are taken side by side, since one alone waits for itself, and of how many others where there are."""
+
+
+@intrinsic
+def inner_product(typing_context: Any, one: Any, other: Any, sixteens: Any) -> Any:
+    """Of float32[16·sixteens] at two int64 addresses, as float32, in an order of its own."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one, other, sixteens = arguments
+        total = cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [0.0] * LANES))
+        kind = ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS])
+        fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+        with cgutils.for_range(builder, sixteens) as loop:
+            here = builder.mul(loop.index, _I64(4 * LANES))
+            pair = (_load(builder, builder.add(address, here), 0, _FLOATS) for address in (one, other))
+            builder.store(builder.call(fused, [*pair, builder.load(total)]), total)
+        lanes = builder.load(total)
+        for distance in (8, 4, 2, 1):
+            order = ir.Constant(ir.VectorType(_I32, LANES), [lane ^ distance for lane in range(LANES)])
+            lanes = builder.fadd(lanes, builder.shuffle_vector(lanes, lanes, order))
+        return builder.extract_element(lanes, _I32(0))
+
+    return types.float32(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic

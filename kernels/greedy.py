@@ -14,7 +14,6 @@ inline. Whose address is taken is an argument: see `kernels.vectors`. Nothing he
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +21,10 @@ from numba import njit
 from numpy.typing import NDArray
 
 from kernels.cosines import LANES, at_least, lay_side_by_side, meet, worth_now
+from kernels.lines import zeros_in_lines
 from kernels.vectors import lowest_bit
 
-COMPILED_WITH = "ea31bc7c2739cb2a"  # cosines.py and vectors.py; see the latter
+COMPILED_WITH = "1194069e1fa15983"  # cosines.py and vectors.py; see the latter
 SLATE, EXPLORATION, RESERVE, CREATOR_CAP, CATEGORY_CAP, BELOW_LIMIT = range(1, 7)
 """Members of `kernels.slate.Outcome`: Numba reads plain integers."""
 OK, BAD_LIMIT, BAD_EXPLORE_SLOTS, BAD_CREATOR_CAP, BAD_CATEGORY_CAP, BAD_DIVERSITY, BAD_SLOT = range(7)
@@ -204,24 +204,19 @@ def choose(
     most = min(int(limits.max(initial=0)) + reserve, width)
     dim = -(-embeddings.shape[1] // LANES) * LANES
     scratch = _Scratch(
-        *(np.empty(groups * LANES, np.float32) for _ in range(4)),
-        np.empty(groups * LANES, np.int32),
-        _zeros_in_lines(groups, dim, LANES),  # zero beyond the last dimension
-        np.empty(LANES, np.int64),
-        np.zeros((most, dim), np.float32),
+        worth=zeros_in_lines((groups * LANES,), np.float32),
+        value=zeros_in_lines((groups * LANES,), np.float32),
+        closest=zeros_in_lines((groups * LANES,), np.float32),
+        second=zeros_in_lines((groups * LANES,), np.float32),
+        which=zeros_in_lines((groups * LANES,), np.int32),
+        sides=zeros_in_lines((groups, dim, LANES), np.float32),  # zero beyond the last dimension
+        rows_at=np.zeros(LANES, np.int64),
+        chosen=zeros_in_lines((most, dim), np.float32),
     )
     return _choose(
         scratch, keys, slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,
         creator_caps, category_caps, diversity, reserve,
     )  # fmt: skip
-
-
-def _zeros_in_lines(*shape: int) -> NDArray[np.float32]:
-    """float32 of a shape, from the beginning of a cache line: a vector across two lines takes twice as long to load."""
-    count = math.prod(shape)
-    store = np.zeros(count + LANES, np.float32)
-    first = -store.ctypes.data % _LANE_BYTES // 4
-    return store[first : first + count].reshape(shape)
 
 
 @njit(cache=True, nogil=True)
@@ -346,7 +341,7 @@ def _choose(
                     places = n_drawn
                     continue
                 state += _GOLDEN_GAMMA
-                best = np.int64(pool[np.int64(((_splitmix64(state) >> _HALF) * np.uint64(n_pool)) >> _HALF)])
+                best = int(pool[np.int64(((_splitmix64(state) >> _HALF) * np.uint64(n_pool)) >> _HALF)])
                 drawn[n_drawn] = best
                 chance[n_drawn] = np.float32(1.0 / n_pool)
                 n_drawn += 1
@@ -396,10 +391,10 @@ def _choose(
                         near[n_near] = g * LANES + lowest_bit(bits)
                         bits &= bits - np.uint64(1)
                         n_near += 1
-                best = np.int64(near[0])
+                best = int(near[0])
                 best_value = np.float32(-np.inf)
                 for i in range(n_near if n_near > 1 else 0):
-                    p = np.int64(near[i])
+                    p = int(near[i])
                     if weight > 0 and closest[p] - second[p] > np.float32(2.0) * doubt:
                         known = np.float32(0.0)
                         if which[p] >= 0:
@@ -437,7 +432,7 @@ def _choose(
             _take_place(
                 creator, creators_taken, n_chosen, creator_caps[b], creator_of, n, full, _BY_CREATOR, worth, left
             )
-            cap = category_caps[b] if category != 0 else np.int32(most + 1)
+            cap = category_caps[b] if category != 0 else most + 1
             _take_place(category, categories_taken, n_chosen, cap, category_of, n, full, _BY_CATEGORY, worth, left)
             n_chosen += 1
 

@@ -18,6 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from kernels.checks import require_array
+from kernels.lines import zeros_in_lines
 from kernels.vectors import BLOCK_QUERIES, GROUP_ROWS
 
 LARGEST = 127
@@ -68,9 +69,9 @@ class Int8Rows:
         groups = -(-capacity // WORD_ROWS) * (WORD_ROWS // GROUP_ROWS)
         self.capacity, self.dim = capacity, dim
         self.columns = Int8Columns(
-            np.zeros((groups, -(-dim // 4), GROUP_ROWS, 4), np.int8),
-            np.zeros((groups, GROUP_ROWS), np.int32),
-            *(np.zeros((groups, GROUP_ROWS), np.float32) for _ in range(3)),
+            zeros_in_lines((groups, -(-dim // 4), GROUP_ROWS, 4), np.int8),
+            zeros_in_lines((groups, GROUP_ROWS), np.int32),
+            *(zeros_in_lines((groups, GROUP_ROWS), np.float32) for _ in range(3)),
         )
 
     def write(self, slots: NDArray[np.int32], table: NDArray[np.float32]) -> None:

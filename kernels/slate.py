@@ -3,9 +3,9 @@
 Maximal marginal relevance (Carbonell and Goldstein, 1998): each step takes the candidate with the greatest
 ``utility − diversity · max(0, greatest cosine with a selected one)``. That penalty only grows while the slate
 grows, so a value computed earlier is an upper bound now, and the utility is one always. The kernel
-(`kernels/greedy.py`) begins each choice with the second best of the last, whose value is most often still the
-greatest; only candidates whose bound reaches it are looked at, and only while it does (lazy greedy; Minoux, 1978).
-The result is that of the eager reference.
+(`kernels/greedy.py`) computes anew only where that bound reaches the best value seen (lazy greedy; Minoux, 1978),
+sixteen candidates at a time, in float32, and in float64 where that leaves more than one. The result is that of the
+eager reference.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def select_slates(
     Raises:
         ValueError: an argument has the wrong dtype, shape or range; the message names it.
 
-    Cost: 12·B·K bytes of candidates, 4·D bytes and 2·D flops for each cosine needed: a few hundred per row
-    while diversity is moderate, (limit + reserve)·K at worst.
+    Cost: 12·B·K bytes of candidates, 4·D bytes for each that is near the best once, and 2·D flops for each cosine:
+    some ten thousand per row while diversity is moderate, (limit + reserve)·K at worst.
     """
     keys = _check(
         slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,

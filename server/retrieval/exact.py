@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from kernels.checks import require_array
 from kernels.int8_rows import Int8Rows
+from kernels.lines import zeros_in_lines
 from kernels.topk import masked_topk
 from kernels.topk_int8 import masked_topk_int8
 from kernels.vectors import has_int8_dots
@@ -37,7 +38,7 @@ class ExactSearch:
     def __init__(self, capacity: int, dim: int, scan: Scan = "auto") -> None:
         if capacity < 1 or dim < 1:
             raise ValueError(f"capacity, dim: must be at least 1, got {capacity}, {dim}")
-        self.embeddings: NDArray[np.float32] = np.zeros((capacity, dim), np.float32)
+        self.embeddings: NDArray[np.float32] = zeros_in_lines((capacity, dim), np.float32)
         self.fallback_queries = 0
         small = scan == "int8" or (scan == "auto" and has_int8_dots())
         self._copy = Int8Rows(capacity, dim) if small else None

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.checks import require_array
+from kernels.lines import zeros_in_lines
 
 
 class MirroredRows:
@@ -18,7 +19,7 @@ class MirroredRows:
     def __init__(self, capacity: int, dim: int) -> None:
         if capacity < 1 or dim < 1:
             raise ValueError(f"capacity, dim: must be at least 1, got {capacity}, {dim}")
-        self.embeddings: NDArray[np.float32] = np.zeros((capacity, dim), np.float32)
+        self.embeddings: NDArray[np.float32] = zeros_in_lines((capacity, dim), np.float32)
         self._unseen: list[NDArray[np.int32]] = []
 
     def write(self, slots: NDArray[np.int32], rows: NDArray[np.float32]) -> None:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from kernels import cosines, greedy, topk, topk_int8, vectors
+from kernels import blend, cosines, greedy, topk, topk_int8, vectors
 
 
 def digest(*modules: ModuleType) -> str:
@@ -17,7 +17,8 @@ def digest(*modules: ModuleType) -> str:
 
 
 @pytest.mark.parametrize(
-    ("module", "calls"), [(topk, (vectors,)), (topk_int8, (vectors, topk)), (greedy, (cosines, vectors))]
+    ("module", "calls"),
+    [(topk, (vectors,)), (topk_int8, (vectors, topk)), (greedy, (cosines, vectors)), (blend, (cosines, vectors))],
 )
 def test_a_file_changes_when_what_it_compiles_in_changes(module: ModuleType, calls: tuple[ModuleType, ...]) -> None:
     assert digest(*calls) == module.COMPILED_WITH, f"set COMPILED_WITH of {module.__name__} to {digest(*calls)}"
