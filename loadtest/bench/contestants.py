@@ -18,12 +18,10 @@ from loadtest.bench.fill import fill, wait_until_scored
 from loadtest.bench.load import Ask
 from loadtest.processes import Server, children_of, cpu_seconds, start_server
 
-OURS, CONSTANT, THREADS, TEXTBOOK, TEXTBOOK_MMR = "ours", "constant", "constant_threads", "textbook", "textbook_mmr"
+OURS, CONSTANT, THREADS, TEXTBOOK, TEXTBOOK_LEAN = "ours", "constant", "constant_threads", "textbook", "textbook_lean"
 BEHIND_EDGES, EDGES = "ours_behind_edges", 2
 OLDEST_MS = 7_200_000
 """Starts are spread over two hours: if every stream were fresh, each tick of ours would do the work of a mass start."""
-OUR_DIVERSITY = 0.15
-"""`diversity` of surface.default, given to the textbook server with MMR."""
 CALL_TIMEOUT_S = 10.0
 STOP_PATIENCE_S = 40
 """Edges drain first, then their engine: on a busy machine that is not done in ten seconds."""
@@ -90,7 +88,7 @@ def our_settings(streams: int) -> dict[str, dict[str, object]]:
 
 @contextmanager
 def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str, Contestant]]:
-    """Ours, the constant reply on our transport and on grpcio's own, and the textbook server without and with MMR;
+    """Ours, the constant reply on our transport and on grpcio's own, and the textbook server, whole and lean;
     all stopped in the end.
 
     Args:
@@ -113,7 +111,7 @@ def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str,
             (CONSTANT, "loadtest.bench.constant", ("--reply-file", str(reply_file), "--transport", "direct")),
             (THREADS, "loadtest.bench.constant", ("--reply-file", str(reply_file), "--transport", "threads")),
             (TEXTBOOK, "loadtest.bench.textbook", n),
-            (TEXTBOOK_MMR, "loadtest.bench.textbook", (*n, "--diversity", str(OUR_DIVERSITY))),
+            (TEXTBOOK_LEAN, "loadtest.bench.textbook", (*n, "--lean")),
         ):
             started[name] = stack.enter_context(_running(name, start_child(folder / name, module, *arguments)))
         for contestant in started.values():

@@ -28,7 +28,7 @@ from loadtest.bench.contestants import (
     EDGES,
     OURS,
     TEXTBOOK,
-    TEXTBOOK_MMR,
+    TEXTBOOK_LEAN,
     THREADS,
     Contestant,
     contestants,
@@ -115,8 +115,8 @@ def run_serve(plan: Plan = DEFAULT) -> int:
 
 
 def _rank(servers: dict[str, Contestant], requests: list[bytes], n: int, c: int, plan: Plan) -> dict[str, Any]:
-    """One cell of the grid. The textbook server with MMR takes part in the headline cell only."""
-    names = [OURS, CONSTANT, THREADS, TEXTBOOK, *([TEXTBOOK_MMR] if (n, c) == plan.headline else [])]
+    """One cell of the grid. The lean textbook server takes part in the headline cell only."""
+    names = [OURS, CONSTANT, THREADS, TEXTBOOK, *([TEXTBOOK_LEAN] if (n, c) == plan.headline else [])]
     turns: dict[str, list[Turn]] = {name: [] for name in names}
     for _ in range(plan.rounds):
         for name in names:
@@ -126,8 +126,8 @@ def _rank(servers: dict[str, Contestant], requests: list[bytes], n: int, c: int,
     row["ceiling_cpu_ratio"] = _ratio(turns[OURS], turns[CONSTANT])
     row["threads_cpu_ratio"] = _ratio(turns[OURS], turns[THREADS])
     row["speedup"] = _ratio(turns[TEXTBOOK], turns[OURS])
-    if TEXTBOOK_MMR in turns:
-        row["speedup_mmr"] = _ratio(turns[TEXTBOOK_MMR], turns[OURS])
+    if TEXTBOOK_LEAN in turns:
+        row["speedup_lean"] = _ratio(turns[TEXTBOOK_LEAN], turns[OURS])
     return row
 
 
@@ -236,8 +236,8 @@ def _result(
         "textbook_rps": textbook["rps"],
         "textbook_cpu_ms_per_reply": textbook["cpu_ms_per_reply"],
         "speedup": row["speedup"],
-        "textbook_mmr_cpu_ms_per_reply": row[TEXTBOOK_MMR]["cpu_ms_per_reply"],
-        "speedup_mmr": row["speedup_mmr"],
+        "textbook_lean_cpu_ms_per_reply": row[TEXTBOOK_LEAN]["cpu_ms_per_reply"],
+        "speedup_lean": row["speedup_lean"],
         "batch_speedup": next(b["batch_speedup"] for b in batches if b["streams"] == n),
         "floor": "constant reply, same transport, same reply size",
         "rounds": plan.rounds,

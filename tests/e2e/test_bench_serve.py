@@ -18,7 +18,7 @@ from loadtest.bench.contestants import (
     CONSTANT,
     OURS,
     TEXTBOOK,
-    TEXTBOOK_MMR,
+    TEXTBOOK_LEAN,
     THREADS,
     Contestant,
     contestants,
@@ -72,7 +72,7 @@ def ask(contestant: Contestant, request: bytes) -> bytes:
 def test_all_servers_answer_valid_replies_of_the_same_size(servers: dict[str, Contestant]) -> None:
     requests = rank_requests(3)
     replies = {name: ask(contestant, as_bytes(requests)[2]) for name, contestant in servers.items()}
-    assert set(replies) == {OURS, BEHIND_EDGES, CONSTANT, THREADS, TEXTBOOK, TEXTBOOK_MMR}
+    assert set(replies) == {OURS, BEHIND_EDGES, CONSTANT, THREADS, TEXTBOOK, TEXTBOOK_LEAN}
     for name, payload in replies.items():
         reply = ranking_pb2.RankResponse.FromString(payload)
         ids = [s.stream_id for s in reply.streams]
@@ -90,23 +90,33 @@ def test_all_servers_answer_valid_replies_of_the_same_size(servers: dict[str, Co
 def test_both_rankers_obey_a_filter(servers: dict[str, Contestant]) -> None:
     request = rank_requests(1)[0]
     wanted = LANGUAGES.index(request.languages[0])
-    for name in (OURS, TEXTBOOK, TEXTBOOK_MMR):
+    for name in (OURS, TEXTBOOK, TEXTBOOK_LEAN):
         reply = ranking_pb2.RankResponse.FromString(ask(servers[name], request.SerializeToString()))
         numbers = [int(s.stream_id.removeprefix("stream-")) for s in reply.streams]
         assert len(numbers) == 50 and {n % len(LANGUAGES) for n in numbers} == {wanted}, name
 
 
-@pytest.mark.parametrize("diversity", [0.0, 0.15])
-def test_the_textbook_server_orders_by_utility_and_caps_creators(diversity: float) -> None:
-    textbook = Textbook(STREAMS, diversity)
+@pytest.mark.parametrize("lean", [True, False])
+def test_the_textbook_server_orders_by_utility_and_caps_creators(lean: bool) -> None:
+    textbook = Textbook(STREAMS, lean)
     textbook._creator = np.arange(STREAMS, dtype=np.int32) // 6  # 50 creators of 6
     request = rank_requests(2)[1]
     reply = asyncio.run(textbook.Rank(request, None))  # type: ignore[arg-type]
     numbers = np.array([int(s.stream_id.removeprefix("stream-")) for s in reply.streams])
-    assert len(numbers) == 50 and np.bincount(numbers // 6).max() == 2
+    assert len(set(numbers.tolist())) == 50 and np.bincount(numbers // 6).max() == 2
     scores = [s.score for s in reply.streams]
     assert scores[0] == max(scores)
-    assert (sorted(scores, reverse=True) == scores) == (diversity == 0.0)
+    assert (sorted(scores, reverse=True) == scores) == lean
+    assert sum(s.exploration > 0 for s in reply.streams) == (0 if lean else 4)
+
+
+def test_the_textbook_server_shows_nothing_that_is_over_and_fills_the_gap() -> None:
+    textbook = Textbook(STREAMS, lean=False)
+    request = rank_requests(2)[1]
+    first = asyncio.run(textbook.Rank(request, None)).streams[0].stream_id  # type: ignore[arg-type]
+    textbook._lease_expires_ms[int(first.removeprefix("stream-"))] = 0
+    reply = asyncio.run(textbook.Rank(request, None))  # type: ignore[arg-type]
+    assert len(reply.streams) == 50 and first not in {s.stream_id for s in reply.streams}
 
 
 def test_what_is_not_given_on_the_command_line_is_as_planned() -> None:
