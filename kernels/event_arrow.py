@@ -21,10 +21,7 @@ _USES: dict[str, tuple[int, tuple[int, ...] | range]] = {
     "event_time_ms": (fields.TIME_MS, _ALL),
     "epoch": (fields.EPOCH, _ALL),
     "media_sequence": (fields.FIRST, (fence.HEARTBEAT,)),
-    "count": (
-        fields.FIRST,
-        (fence.VIEWER_COUNT, fence.JOINED, fence.LEFT, fence.CHATTED, fence.LIKED, fence.FOLLOWED, fence.SHARED),
-    ),
+    "count": (fields.FIRST, (fence.VIEWER_COUNT, *fence.INTERACTIONS)),
     "seconds": (fields.FRACTION, (fence.WATCHED,)),
     "amount_minor": (fields.FIRST, (fence.BID, fence.PURCHASED)),
     "action": (fields.FIRST, (fence.MODERATED,)),
@@ -112,9 +109,8 @@ def _read_kinds(words: NDArray[np.int64], column: NDArray[np.int64], kinds: Name
         validity_at, values_at = column[VALIDITY], column[VALUES]
         for i in range(n):
             number = data[values_at + i]
-            if fence.STARTED <= number <= fence.IMPRESSION and (
-                validity_at < 0 or (data[validity_at + (i >> 3)] >> (i & 7)) & 1
-            ):
+            is_set = validity_at < 0 or (data[validity_at + (i >> 3)] >> (i & 7)) & 1
+            if is_set and fence.STARTED <= number <= fence.IMPRESSION:
                 read[i, fields.KIND] = number
         return
     if column[FORM] < CODES:

@@ -39,8 +39,8 @@ _PRODUCER, _ARROW, _OWN_ONLY, _MAX_STREAMS, _N_BATCH = 0, 2, 4, 5, 6
 
 for _message, _fields in {
     _HEADER: {
-        1: (_VARINT, fields.SEQUENCE), 2: (_TEXT, fields.STREAM_AT), 3: (_VARINT, fields.EPOCH), 4: (_VARINT, fields.TIME_MS),
-        5: (_TEXT, fields.VIEWER_AT),
+        1: (_VARINT, fields.SEQUENCE), 2: (_TEXT, fields.STREAM_AT), 3: (_VARINT, fields.EPOCH),
+        4: (_VARINT, fields.TIME_MS), 5: (_TEXT, fields.VIEWER_AT),
         **dict.fromkeys(range(fence.STARTED, fence.IMPRESSION + 1), (_BYTES, _PAYLOAD)),
     },
     _BATCH: {
@@ -48,15 +48,16 @@ for _message, _fields in {
         5: (_VARINT, _MAX_STREAMS),
     },
     **{kind: {1: (_VARINT, fields.FIRST)} for kind in (fence.HEARTBEAT, fence.VIEWER_COUNT, fence.MODERATED)},
-    **{kind: {1: (_VARINT, fields.FIRST)} for kind in (fence.JOINED, fence.LEFT, fence.CHATTED, fence.LIKED, fence.FOLLOWED, fence.SHARED)},
+    **{kind: {1: (_VARINT, fields.FIRST)} for kind in fence.INTERACTIONS},
     fence.END: {1: (_TEXT, fields.TEXT_AT), 2: (_VARINT, fields.SINCE_MS)},
     fence.WATCHED: {1: (_FIXED32, fields.FRACTION)},
     **{kind: {1: (_VARINT, fields.FIRST), 2: (_TEXT, fields.TEXT_AT)} for kind in (fence.BID, fence.PURCHASED)},
     fence.REPORTED: {1: (_TEXT, fields.TEXT_AT)},
     # Position and applied_offset are not used, but to be read as they are written.
     fence.IMPRESSION: {
-        1: (_TEXT, fields.TEXT_AT), 2: (_VARINT, fields.SINCE_MS), 3: (_VARINT, fields.VERIFY_BY_MS), 4: (_VARINT, fields.FIRST),
-        5: (_FIXED32, fields.FRACTION), 6: (_TEXT, fields.VERSION_AT), 7: (_VARINT, fields.FIRST),
+        1: (_TEXT, fields.TEXT_AT), 2: (_VARINT, fields.SINCE_MS), 3: (_VARINT, fields.VERIFY_BY_MS),
+        4: (_VARINT, fields.FIRST), 5: (_FIXED32, fields.FRACTION), 6: (_TEXT, fields.VERSION_AT),
+        7: (_VARINT, fields.FIRST),
     },
 }.items():  # fmt: skip
     for _field, (_wire, _into) in _fields.items():
