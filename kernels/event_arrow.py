@@ -11,64 +11,30 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from kernels.event_rows import (
-    EPOCH,
-    FIRST,
-    FRACTION,
-    KIND,
-    N_READ,
-    SEQUENCE,
-    SINCE_MS,
-    STREAM_AT,
-    TEXT_AT,
-    TIME_MS,
-    VERIFY_BY_MS,
-    VERSION_AT,
-    VIEWER_AT,
-    Names,
-    Rows,
-    check_rows,
-    number_of,
-)
-from kernels.fence import (
-    BID,
-    CHATTED,
-    END,
-    FOLLOWED,
-    HEARTBEAT,
-    IMPRESSION,
-    JOINED,
-    LEFT,
-    LIKED,
-    MODERATED,
-    PURCHASED,
-    REPORTED,
-    SHARED,
-    STARTED,
-    VIEWER_COUNT,
-    WATCHED,
-)
+from kernels import event_rows as fields
+from kernels import fence
+from kernels.event_rows import Names, Rows, check_rows, number_of
 
 _ALL = range(256)
 _USES: dict[str, tuple[int, tuple[int, ...] | range]] = {
-    "sequence": (SEQUENCE, _ALL),
-    "event_time_ms": (TIME_MS, _ALL),
-    "epoch": (EPOCH, _ALL),
-    "media_sequence": (FIRST, (HEARTBEAT,)),
-    "count": (FIRST, (VIEWER_COUNT, JOINED, LEFT, CHATTED, LIKED, FOLLOWED, SHARED)),
-    "seconds": (FRACTION, (WATCHED,)),
-    "amount_minor": (FIRST, (BID, PURCHASED)),
-    "action": (FIRST, (MODERATED,)),
-    "only_if_not_renewed_since_ms": (SINCE_MS, (END,)),
-    "served_ms": (SINCE_MS, (IMPRESSION,)),
-    "verify_by_ms": (VERIFY_BY_MS, (IMPRESSION,)),
-    "propensity": (FRACTION, (IMPRESSION,)),
-    "stream_id": (STREAM_AT, _ALL),
-    "viewer_id": (VIEWER_AT, _ALL),
-    "currency": (TEXT_AT, (BID, PURCHASED)),
-    "reason": (TEXT_AT, (END, REPORTED)),
-    "request_id": (TEXT_AT, (IMPRESSION,)),
-    "model_version": (VERSION_AT, (IMPRESSION,)),
+    "sequence": (fields.SEQUENCE, _ALL),
+    "event_time_ms": (fields.TIME_MS, _ALL),
+    "epoch": (fields.EPOCH, _ALL),
+    "media_sequence": (fields.FIRST, (fence.HEARTBEAT,)),
+    "count": (fields.FIRST, (fence.VIEWER_COUNT, *fence.INTERACTIONS)),
+    "seconds": (fields.FRACTION, (fence.WATCHED,)),
+    "amount_minor": (fields.FIRST, (fence.BID, fence.PURCHASED)),
+    "action": (fields.FIRST, (fence.MODERATED,)),
+    "only_if_not_renewed_since_ms": (fields.SINCE_MS, (fence.END,)),
+    "served_ms": (fields.SINCE_MS, (fence.IMPRESSION,)),
+    "verify_by_ms": (fields.VERIFY_BY_MS, (fence.IMPRESSION,)),
+    "propensity": (fields.FRACTION, (fence.IMPRESSION,)),
+    "stream_id": (fields.STREAM_AT, _ALL),
+    "viewer_id": (fields.VIEWER_AT, _ALL),
+    "currency": (fields.TEXT_AT, (fence.BID, fence.PURCHASED)),
+    "reason": (fields.TEXT_AT, (fence.END, fence.REPORTED)),
+    "request_id": (fields.TEXT_AT, (fence.IMPRESSION,)),
+    "model_version": (fields.VERSION_AT, (fence.IMPRESSION,)),
 }
 """Where a column goes in `check_rows`' input, and for which kinds."""
 COLUMNS = (*_USES, "kind")
@@ -143,13 +109,14 @@ def _read_kinds(words: NDArray[np.int64], column: NDArray[np.int64], kinds: Name
         validity_at, values_at = column[VALIDITY], column[VALUES]
         for i in range(n):
             number = data[values_at + i]
-            if STARTED <= number <= IMPRESSION and (validity_at < 0 or (data[validity_at + (i >> 3)] >> (i & 7)) & 1):
-                read[i, KIND] = number
+            is_set = validity_at < 0 or (data[validity_at + (i >> 3)] >> (i & 7)) & 1
+            if is_set and fence.STARTED <= number <= fence.IMPRESSION:
+                read[i, fields.KIND] = number
         return
     if column[FORM] < CODES:
         at, lengths = _texts(words, column, n)
         for i in range(n):
-            read[i, KIND] = _known(data, kinds, at[i], lengths[i])
+            read[i, fields.KIND] = _known(data, kinds, at[i], lengths[i])
         return
     # Each value of a dictionary is looked up once.
     dict_at, dict_lengths = _spans(
@@ -164,7 +131,7 @@ def _read_kinds(words: NDArray[np.int64], column: NDArray[np.int64], kinds: Name
             code, first = np.int64(0), column[VALUES] + i * width
             for k in range(width):
                 code |= np.int64(data[first + k]) << (8 * k)
-            read[i, KIND] = by_code[code]
+            read[i, fields.KIND] = by_code[code]
 
 
 @njit(cache=True, nogil=True)
@@ -175,7 +142,7 @@ def _read_numbers(
     long = column[WIDTH] == 8
     first = column[VALUES] >> (3 if long else 2)
     for i in range(read.shape[0]):
-        if wanted[read[i, KIND]] and (validity_at < 0 or (data[validity_at + (i >> 3)] >> (i & 7)) & 1):
+        if wanted[read[i, fields.KIND]] and (validity_at < 0 or (data[validity_at + (i >> 3)] >> (i & 7)) & 1):
             read[i, into] = words[first + i] if long else halves[first + i]
 
 
@@ -185,7 +152,7 @@ def _read_texts(
 ) -> None:
     at, lengths = _texts(words, column, read.shape[0])
     for i in range(read.shape[0]):
-        if wanted[read[i, KIND]]:
+        if wanted[read[i, fields.KIND]]:
             read[i, into], read[i, into + 1] = at[i], lengths[i]
 
 
@@ -199,8 +166,8 @@ def _read_rows(words: NDArray[np.int64], columns: NDArray[np.int64], kinds: Name
         elif form != ABSENT:
             _read_texts(words, columns[place], read, _INTO[place], _FOR[place])
     for i in range(read.shape[0]):  # `count` has no sign
-        if VIEWER_COUNT <= read[i, KIND] <= SHARED:
-            read[i, FIRST] &= 0xFFFFFFFF
+        if fence.VIEWER_COUNT <= read[i, fields.KIND] <= fence.SHARED:
+            read[i, fields.FIRST] &= 0xFFFFFFFF
 
 
 @njit(cache=True, nogil=True)
@@ -231,6 +198,6 @@ def decode_columns(
     """
     if columns.shape != (len(COLUMNS), N_DESCRIBED):
         raise ValueError(f"columns: [{len(COLUMNS)}, {N_DESCRIBED}] wanted, got {list(columns.shape)}")
-    read = np.zeros((n, N_READ), np.int64)
+    read = np.zeros((n, fields.N_READ), np.int64)
     _read_rows(words, columns, kinds, read)
     return check_rows(words.view(np.uint8), read, currencies)

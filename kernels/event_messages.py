@@ -16,42 +16,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from kernels.event_rows import (
-    EPOCH,
-    FIRST,
-    FRACTION,
-    KIND,
-    N_READ,
-    SEQUENCE,
-    SINCE_MS,
-    STREAM_AT,
-    TEXT_AT,
-    TIME_MS,
-    VERIFY_BY_MS,
-    VERSION_AT,
-    VIEWER_AT,
-    Names,
-    Rows,
-    check_rows,
-)
-from kernels.fence import (
-    BID,
-    CHATTED,
-    END,
-    FOLLOWED,
-    HEARTBEAT,
-    IMPRESSION,
-    JOINED,
-    LEFT,
-    LIKED,
-    MODERATED,
-    PURCHASED,
-    REPORTED,
-    SHARED,
-    STARTED,
-    VIEWER_COUNT,
-    WATCHED,
-)
+from kernels import event_rows as fields
+from kernels import fence
+from kernels.event_rows import Names, Rows, check_rows
 from kernels.utf8 import valid_utf8
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -72,24 +39,25 @@ _PRODUCER, _ARROW, _OWN_ONLY, _MAX_STREAMS, _N_BATCH = 0, 2, 4, 5, 6
 
 for _message, _fields in {
     _HEADER: {
-        1: (_VARINT, SEQUENCE), 2: (_TEXT, STREAM_AT), 3: (_VARINT, EPOCH), 4: (_VARINT, TIME_MS),
-        5: (_TEXT, VIEWER_AT),
-        **dict.fromkeys(range(STARTED, IMPRESSION + 1), (_BYTES, _PAYLOAD)),
+        1: (_VARINT, fields.SEQUENCE), 2: (_TEXT, fields.STREAM_AT), 3: (_VARINT, fields.EPOCH),
+        4: (_VARINT, fields.TIME_MS), 5: (_TEXT, fields.VIEWER_AT),
+        **dict.fromkeys(range(fence.STARTED, fence.IMPRESSION + 1), (_BYTES, _PAYLOAD)),
     },
     _BATCH: {
         1: (_TEXT, _PRODUCER), 2: (_BYTES, _EVENTS), 3: (_BYTES, _ARROW), 4: (_VARINT, _OWN_ONLY),
         5: (_VARINT, _MAX_STREAMS),
     },
-    **{kind: {1: (_VARINT, FIRST)} for kind in (HEARTBEAT, VIEWER_COUNT, MODERATED)},
-    **{kind: {1: (_VARINT, FIRST)} for kind in (JOINED, LEFT, CHATTED, LIKED, FOLLOWED, SHARED)},
-    END: {1: (_TEXT, TEXT_AT), 2: (_VARINT, SINCE_MS)},
-    WATCHED: {1: (_FIXED32, FRACTION)},
-    **{kind: {1: (_VARINT, FIRST), 2: (_TEXT, TEXT_AT)} for kind in (BID, PURCHASED)},
-    REPORTED: {1: (_TEXT, TEXT_AT)},
+    **{kind: {1: (_VARINT, fields.FIRST)} for kind in (fence.HEARTBEAT, fence.VIEWER_COUNT, fence.MODERATED)},
+    **{kind: {1: (_VARINT, fields.FIRST)} for kind in fence.INTERACTIONS},
+    fence.END: {1: (_TEXT, fields.TEXT_AT), 2: (_VARINT, fields.SINCE_MS)},
+    fence.WATCHED: {1: (_FIXED32, fields.FRACTION)},
+    **{kind: {1: (_VARINT, fields.FIRST), 2: (_TEXT, fields.TEXT_AT)} for kind in (fence.BID, fence.PURCHASED)},
+    fence.REPORTED: {1: (_TEXT, fields.TEXT_AT)},
     # Position and applied_offset are not used, but to be read as they are written.
-    IMPRESSION: {
-        1: (_TEXT, TEXT_AT), 2: (_VARINT, SINCE_MS), 3: (_VARINT, VERIFY_BY_MS), 4: (_VARINT, FIRST),
-        5: (_FIXED32, FRACTION), 6: (_TEXT, VERSION_AT), 7: (_VARINT, FIRST),
+    fence.IMPRESSION: {
+        1: (_TEXT, fields.TEXT_AT), 2: (_VARINT, fields.SINCE_MS), 3: (_VARINT, fields.VERIFY_BY_MS),
+        4: (_VARINT, fields.FIRST), 5: (_FIXED32, fields.FRACTION), 6: (_TEXT, fields.VERSION_AT),
+        7: (_VARINT, fields.FIRST),
     },
 }.items():  # fmt: skip
     for _field, (_wire, _into) in _fields.items():
@@ -128,9 +96,9 @@ def _walk(
         message, payload_at, payload_end = outer, at, at
         while True:
             if at >= end:
-                if message != _HEADER or read[i, KIND] == 0 or read[i, KIND] == STARTED:
+                if message != _HEADER or read[i, fields.KIND] == 0 or read[i, fields.KIND] == fence.STARTED:
                     break
-                message, at, end = read[i, KIND], payload_at, payload_end
+                message, at, end = read[i, fields.KIND], payload_at, payload_end
                 continue
             tag, shift, byte = np.int64(0), 0, np.int64(128)
             while byte >= 128:
@@ -191,18 +159,23 @@ def _walk(
                 continue
             # Of a field that comes twice the last counts; payloads would have to be merged.
             if into == _PAYLOAD:
-                if read[i, KIND] != 0:
+                if read[i, fields.KIND] != 0:
                     return _NONE
-                read[i, KIND], payload_at, payload_end = field, start, at
+                read[i, fields.KIND], payload_at, payload_end = field, start, at
             elif wire == _BYTES:
                 read[i, into], read[i, into + 1] = start, number
             else:
                 read[i, into] = number
         # A varint is cut to the width of its field, as the generated classes do.
-        if message == MODERATED:
-            read[i, FIRST] = np.int64(np.int32(read[i, FIRST] & 0xFFFFFFFF))
-        elif message > STARTED and message != HEARTBEAT and message != BID and message != PURCHASED:
-            read[i, FIRST] &= 0xFFFFFFFF
+        if message == fence.MODERATED:
+            read[i, fields.FIRST] = np.int64(np.int32(read[i, fields.FIRST] & 0xFFFFFFFF))
+        elif (
+            message > fence.STARTED
+            and message != fence.HEARTBEAT
+            and message != fence.BID
+            and message != fence.PURCHASED
+        ):
+            read[i, fields.FIRST] &= 0xFFFFFFFF
     return events
 
 
@@ -242,5 +215,5 @@ def decode_messages(
     """
     if len(at) and not (int(at.min()) >= 0 and int(lengths.min()) >= 0 and int((at + lengths).max()) <= len(data)):
         raise ValueError(f"at, lengths: messages inside of {len(data)} bytes wanted")
-    read, none = np.zeros((len(at), N_READ), np.int64), np.zeros(0, np.int64)
+    read, none = np.zeros((len(at), fields.N_READ), np.int64), np.zeros(0, np.int64)
     return check_rows(data, read, currencies) if _walk(data, at, lengths, _HEADER, read, none, none) >= 0 else None

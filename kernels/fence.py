@@ -42,6 +42,8 @@ STARTED, HEARTBEAT, END, VIEWER_COUNT, JOINED, LEFT, WATCHED, CHATTED, LIKED = (
     18,
 )
 FOLLOWED, SHARED, BID, PURCHASED, REPORTED, MODERATED, IMPRESSION = 19, 20, 21, 22, 23, 24, 25
+INTERACTIONS = (JOINED, LEFT, CHATTED, LIKED, FOLLOWED, SHARED)
+"""Kinds that carry nothing but how many."""
 
 # Verdicts: 0 applied, else the number of the proto's RejectCode.
 APPLIED = 0

@@ -25,7 +25,7 @@ _OF_DROPS, _EXCLUDED = tl.constexpr(48), tl.constexpr(64)
 _SERVED, _EXPLORATION_SERVED = tl.constexpr(65), tl.constexpr(66)
 
 
-class Tally(NamedTuple):
+class Sums(NamedTuple):
     """Counts of one batch. candidates, served_by: int64[S] per source bit; outcomes int64[7] by
     :class:`kernels.slate.Outcome` (PADDING: not counted); drops int64[9] by :class:`kernels.verify.Drop`, of picks;
     excluded: dropped by the merge; served, and of these exploration_served."""
@@ -39,10 +39,10 @@ class Tally(NamedTuple):
     exploration_served: int
 
 
-def read_tally(counts: NDArray[np.int32], n_sources: int) -> Tally:
+def read_tally(counts: NDArray[np.int32], n_sources: int) -> Sums:
     """What `tally` wrote, counts int32[72] on the host, by name; ``n_sources`` at most 16."""
     wide = counts.astype(np.int64)
-    return Tally(
+    return Sums(
         wide[:n_sources], wide[16 : 16 + n_sources], wide[32 : 32 + len(Outcome)], wide[48 : 48 + len(Drop)],
         int(wide[64]), int(wide[65]), int(wide[66]),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kernels import fence
 from kernels.checks import require_array
+from kernels.idmap import FNV_BASIS, FNV_PRIME, ID_BYTES, finish_hash
 from kernels.lru import ROWS, Lru, find, mixed, take
 
 CLICKED, WATCHED, ENGAGED, PURCHASED, REPORTED, NEGATIVE = 1, 2, 4, 8, 16, 32
@@ -33,6 +34,8 @@ IS_VISIT: NDArray[np.bool_] = _DOES != 0
 """bool[256]: the kinds of event that say something about a visit."""
 
 _MAX_U32 = 0xFFFFFFFF
+_CHUNK_EVENTS = 128
+"""Whose memory is touched before they are applied; what that brings in must stay in the cache until then."""
 
 
 class Visits(NamedTuple):
@@ -65,6 +68,13 @@ def fold_epoch(epoch: NDArray[np.int64]) -> NDArray[np.uint32]:
 
 
 @njit(cache=True, nogil=True)
+def _folded(epoch: int) -> np.uint32:
+    """`fold_epoch` of one."""
+    wide = np.uint64(epoch)
+    return np.uint32((wide ^ (wide >> np.uint64(32))) & np.uint64(_MAX_U32))
+
+
+@njit(cache=True, nogil=True)
 def _session_key(stream: np.uint64, epoch: np.uint32) -> np.uint64:
     key = mixed(stream ^ (np.uint64(0x9E3779B97F4A7C15) * (np.uint64(epoch) + np.uint64(1))))
     return key if key != np.uint64(0) else np.uint64(1)
@@ -85,59 +95,98 @@ def _place(visits: Visits, viewer: int, stream: np.uint64, epoch: np.uint32, see
 
 
 @njit(cache=True, nogil=True)
+def _touch(viewers: Lru, visits: Visits, keys: NDArray[np.uint64], m: int) -> np.uint64:
+    """Reads what the visits of m viewers will need. No read waits for another's value, so their misses overlap; in
+    `_apply`, where each event depends on the one before, they would be waited for one by one. Returns a sum of it all:
+    what is not used is not read."""
+    mask, sum_ = np.uint64(viewers.buckets.shape[0] - 1), np.uint64(0)
+    for j in range(m):
+        sum_ += np.uint64(viewers.buckets[mixed(keys[j]) & mask])
+    for j in range(m):
+        row = viewers.buckets[mixed(keys[j]) & mask] - 1
+        if row >= 0:
+            sum_ += viewers.key[row]
+    last = visits.stream.shape[1] - 1
+    for j in range(m):
+        row = find(viewers, keys[j])
+        if row >= 0:
+            sum_ += np.uint64(viewers.newer[row]) + np.uint64(viewers.older[row]) + np.uint64(visits.outcome[row, 0])
+            sum_ += visits.stream[row, 0] + visits.stream[row, last] + np.uint64(visits.watch_ms[row, 0])
+            sum_ += np.uint64(visits.seen_s[row, 0]) + np.uint64(visits.epoch[row, 0])
+    return sum_
+
+
+@njit(cache=True, nogil=True)
 def _apply(
     viewers: Lru,
     visits: Visits,
     sessions: Lru,
-    does: NDArray[np.uint8],
+    counted: NDArray[np.bool_],
     viewer_hash: NDArray[np.uint64],
-    stream_hash: NDArray[np.uint64],
-    epoch: NDArray[np.uint32],
+    ids: NDArray[np.uint8],
+    id_lengths: NDArray[np.uint8],
+    kinds: NDArray[np.uint8],
     time_ms: NDArray[np.int64],
     value: NDArray[np.float64],
     slots: NDArray[np.int32],
+    row_epochs: NDArray[np.int64],
     watched_ms: int,
     bounce_ms: int,
-) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
-    rows, taken = np.empty(len(slots), np.int32), np.empty(len(slots), np.int32)
-    fresh, forgotten = 0, 0
-    for i in range(len(slots)):
-        is_left = does[i] & 64 != 0
-        if is_left and find(viewers, viewer_hash[i]) < 0:
-            continue
-        full = viewers.ends[ROWS] == viewers.key.shape[0]
-        viewer, is_new = take(viewers, viewer_hash[i])
-        if is_new:
-            forgotten += full
-            visits.stream[viewer] = 0
-        seen_s = time_ms[i] // 1000
-        s = _place(visits, viewer, stream_hash[i], epoch[i], seen_s)
-        if s < 0:
-            continue
-        known = visits.stream[viewer, s] == stream_hash[i] and visits.epoch[viewer, s] == epoch[i]
-        if not known:
-            if is_left:
+) -> tuple[NDArray[np.int32], NDArray[np.int32], int, np.uint64]:
+    rows, taken, fresh, forgotten = np.empty(len(slots), np.int32), np.empty(len(slots), np.int32), 0, 0
+    chosen, keys = np.empty(_CHUNK_EVENTS, np.int64), np.empty(_CHUNK_EVENTS, np.uint64)
+    end, touched = 0, np.uint64(0)
+    while end < len(slots):
+        m = 0
+        while end < len(slots) and m < _CHUNK_EVENTS:
+            if counted[end] and viewer_hash[end] != 0 and _DOES[kinds[end]] != 0:
+                chosen[m], keys[m] = end, viewer_hash[end]
+                m += 1
+            end += 1
+        touched += _touch(viewers, visits, keys, m)
+        for j in range(m):
+            i, key = chosen[j], keys[j]
+            does = _DOES[kinds[i]]
+            is_left = does & 64 != 0
+            if is_left and find(viewers, key) < 0:
                 continue
-            visits.stream[viewer, s], visits.epoch[viewer, s] = stream_hash[i], epoch[i]
-            visits.seen_s[viewer, s], visits.watch_ms[viewer, s], visits.outcome[viewer, s] = 0, 0, 0
-        at, is_new = take(sessions, _session_key(stream_hash[i], epoch[i]))
-        if is_new:
-            rows[fresh], taken[fresh] = at, slots[i]
-            fresh += 1
-        outcome = visits.outcome[viewer, s] | (does[i] & 63)
-        if does[i] & 128 != 0:
-            watch_ms = visits.watch_ms[viewer, s] + np.int64(value[i] * 1000.0 + 0.5)
-            visits.watch_ms[viewer, s] = min(watch_ms, np.int64(0xFFFFFFFF))
-        if visits.watch_ms[viewer, s] >= watched_ms:
-            outcome |= 2
-        if is_left and outcome == 1 and (seen_s - visits.seen_s[viewer, s]) * 1000 < bounce_ms:
-            outcome |= 32
-        if visits.watch_ms[viewer, s] >= bounce_ms:
-            outcome &= ~32
-        visits.outcome[viewer, s] = outcome
-        if seen_s > visits.seen_s[viewer, s]:
-            visits.seen_s[viewer, s] = seen_s
-    return rows[:fresh].copy(), taken[:fresh].copy(), forgotten
+            full = viewers.ends[ROWS] == viewers.key.shape[0]
+            viewer, is_new = take(viewers, key)
+            if is_new:
+                forgotten += full
+                visits.stream[viewer] = 0
+            stream, epoch = FNV_BASIS, _folded(row_epochs[slots[i]])
+            for k in range(id_lengths[i]):  # as `hash_ids` does it; a call that takes an array would cost more
+                stream = (stream ^ np.uint64(ids[i, k])) * FNV_PRIME
+            stream = max(finish_hash(stream), np.uint64(1))
+            seen_s = time_ms[i] // 1000
+            s = _place(visits, viewer, stream, epoch, seen_s)
+            if s < 0:
+                continue
+            known = visits.stream[viewer, s] == stream and visits.epoch[viewer, s] == epoch
+            if not known:
+                if is_left:
+                    continue
+                visits.stream[viewer, s], visits.epoch[viewer, s] = stream, epoch
+                visits.seen_s[viewer, s], visits.watch_ms[viewer, s], visits.outcome[viewer, s] = 0, 0, 0
+            at, is_new = take(sessions, _session_key(stream, epoch))
+            if is_new:
+                rows[fresh], taken[fresh] = at, slots[i]
+                fresh += 1
+            outcome = visits.outcome[viewer, s] | (does & 63)
+            if does & 128 != 0:
+                watch_ms = visits.watch_ms[viewer, s] + np.int64(value[i] * 1000.0 + 0.5)
+                visits.watch_ms[viewer, s] = min(watch_ms, np.int64(0xFFFFFFFF))
+            if visits.watch_ms[viewer, s] >= watched_ms:
+                outcome |= 2
+            if is_left and outcome == 1 and (seen_s - visits.seen_s[viewer, s]) * 1000 < bounce_ms:
+                outcome |= 32
+            if visits.watch_ms[viewer, s] >= bounce_ms:
+                outcome &= ~32
+            visits.outcome[viewer, s] = outcome
+            if seen_s > visits.seen_s[viewer, s]:
+                visits.seen_s[viewer, s] = seen_s
+    return rows[:fresh].copy(), taken[:fresh].copy(), forgotten, touched
 
 
 def apply_visits(
@@ -145,42 +194,48 @@ def apply_visits(
     visits: Visits,
     sessions: Lru,
     *,
+    counted: NDArray[np.bool_],
     viewer_hash: NDArray[np.uint64],
-    stream_hash: NDArray[np.uint64],
-    epoch: NDArray[np.int64],
+    ids: NDArray[np.uint8],
+    id_lengths: NDArray[np.uint8],
     kind: NDArray[np.uint8],
     time_ms: NDArray[np.int64],
     value: NDArray[np.float64],
     slots: NDArray[np.int32],
+    row_epochs: NDArray[np.int64],
     watched_ms: int,
     bounce_ms: int,
 ) -> Applied:
-    """Takes n events of viewers, in order, into their visits.
+    """Takes those of n events that are ``counted``, have a viewer and are `IS_VISIT`, in order, into the visits.
 
     A stream that is new to a viewer who has S visits takes the place of the one seen longest ago, unless it was itself
     seen before that one. A viewer or session for which there is no room takes the place of the least recently used.
-    Only `IS_VISIT` kinds count; a `LEFT` changes a visit that is known and makes none.
+    A `LEFT` changes a visit that is known and makes none.
 
     Args:
-        viewer_hash, stream_hash: uint64[n], not 0. epoch: int64[n]. kind: uint8[n]. time_ms: int64[n], event time.
-        value: float64[n], seconds of a WATCHED. slots: int32[n], handed back for sessions that are new.
+        counted: bool[n]. viewer_hash: uint64[n], 0 nobody. ids: uint8[n, 64] and id_lengths: uint8[n], of streams.
+        kind: uint8[n]. time_ms: int64[n], event time. value: float64[n], seconds of a WATCHED.
+        slots: int32[n], in range where counted; handed back for sessions that are new.
+        row_epochs: int64[C], the epoch of each slot's session.
         watched_ms: total from which a visit counts as watched. bounce_ms: a visitor who did nothing and leaves so soon
             after the last sign of life is NEGATIVE, until the time watched says otherwise.
 
     Raises:
         ValueError: a column has another type or length.
 
-    Cost: O(n · S), about three cache misses an event.
+    Cost: O(n · S). Cache misses of different events overlap, see `_touch`.
     """
     n = len(slots)
     for name, column, dtype in (
-        ("viewer_hash", viewer_hash, np.uint64), ("stream_hash", stream_hash, np.uint64), ("epoch", epoch, np.int64),
+        ("counted", counted, np.bool_), ("viewer_hash", viewer_hash, np.uint64), ("id_lengths", id_lengths, np.uint8),
         ("kind", kind, np.uint8), ("time_ms", time_ms, np.int64), ("value", value, np.float64),
         ("slots", slots, np.int32),
     ):  # fmt: skip
         require_array(name, column, dtype, (n,))
-    rows, taken, forgotten = _apply(
-        viewers, visits, sessions, _DOES[kind], viewer_hash, stream_hash, fold_epoch(epoch), time_ms, value, slots,
+    require_array("ids", ids, np.uint8, (n, ID_BYTES))
+    require_array("row_epochs", row_epochs, np.int64, (None,))
+    rows, taken, forgotten, _ = _apply(
+        viewers, visits, sessions, counted, viewer_hash, ids, id_lengths, kind, time_ms, value, slots, row_epochs,
         watched_ms, bounce_ms,
     )  # fmt: skip
     return Applied(rows, taken, int(forgotten))

@@ -187,7 +187,7 @@ class App:
         )  # fmt: skip
         self._row_log = open_row_log(settings, world.table, features, self.metrics)
         if self._row_log is not None:
-            self.engine.on_served = self._row_log.offer
+            self.engine.answerer.on_served = self._row_log.offer
         self._log = open_log(settings, clock, self.engine, self.metrics, on_fault)
         self._commit = self._log.commit
         self._folder = SnapshotFolder(settings.snapshot_folder)

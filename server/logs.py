@@ -122,11 +122,11 @@ class _Kafka:
 
     def catch_up(self, stopping: threading.Event) -> None:
         last = self._log.last_offset
-        while (lag := last - self._engine.applied_offset) > 0:
+        while (lag := last - self._engine.applier.offset) > 0:
             self._metrics.recovery_lag_records.set(lag)
             if stopping.wait(0.01):
                 raise Draining("stopped while catching up")
-        logger.info("caught up with %s at offset %d", self._log.name, self._engine.applied_offset)
+        logger.info("caught up with %s at offset %d", self._log.name, self._engine.applier.offset)
 
     def close(self) -> None:
         """The commit path closes its clients."""

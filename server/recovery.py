@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from server.applier import Applier
 from server.config import Settings
 from server.engine import Engine
 from server.errors import ConfigError, Draining, InvalidRequest, LogError, SnapshotError
@@ -105,7 +106,7 @@ def recover(
         ConfigError: the table of these settings cannot hold the state. LogError: the log is damaged, is not the
         one of the snapshot, or lacks records. Draining: ``stopping`` was set meanwhile.
     """
-    started_s = time.monotonic()
+    started_s, applier = time.monotonic(), engine.applier
 
     def skipped(path: Path, error: SnapshotError) -> None:
         logger.error("SKIPPED a snapshot, an older one or the whole log is used: %s", error)
@@ -127,13 +128,14 @@ def recover(
                 "viewers.capacity or viewers.sessions, or start once with viewers.capacity = 0 to drop it"
             ) from error
         engine.ends.restore(found.manifest.ends_newest, found.ends)
-        engine.restored(offset, found.manifest.stamp_ms, found.manifest.table_ms, found.manifest.record_crc, found.ends)
-        if found.manifest.feature_schema != engine.features.schema:
+        manifest = found.manifest
+        applier.restored(offset, manifest.stamp_ms, manifest.table_ms, manifest.record_crc, found.ends)
+        if manifest.feature_schema != engine.features.schema:
             logger.info("the snapshot is older than the feature file; columns do not depend on it")
-    records = _replay(engine, history, offset, metrics, stopping)
-    engine.recovered()
+    records = _replay(applier, history, offset, metrics, stopping)
+    applier.recovered()
     done = Recovered(
-        offset, records, engine.applied_offset, max(engine.applied_stamp_ms, engine.table_ms),
+        offset, records, applier.offset, max(applier.stamp_ms, applier.table_ms),
         time.monotonic() - started_s,
     )  # fmt: skip
     logger.info(
@@ -209,19 +211,19 @@ def _check_reaches(history: History, offset: int, settings: Settings) -> None:
         logger.error("%s: STARTING WITHOUT THEM (log.accept_lost_history)", gone)
 
 
-def _replay(engine: Engine, history: History, after: int, metrics: Metrics, stopping: threading.Event) -> int:
+def _replay(applier: Applier, history: History, after: int, metrics: Metrics, stopping: threading.Event) -> int:
     records, last, told_s = 0, history.last_offset, time.monotonic()
     skipped_to = max(after, history.first_offset - 1)
     metrics.recovery_lag_records.set(max(0, last - skipped_to))
-    for committed in history.read(skipped_to, engine.applied_stamp_ms):
-        engine.replay(committed)
+    for committed in history.read(skipped_to, applier.stamp_ms):
+        applier.replay(committed)
         records += 1
         if records % 256 == 0:
-            metrics.recovery_lag_records.set(max(0, last - engine.applied_offset))
+            metrics.recovery_lag_records.set(max(0, last - applier.offset))
             if stopping.is_set():
                 raise Draining("stopped while recovering")
             if time.monotonic() - told_s > PROGRESS_S:
                 told_s = time.monotonic()
-                logger.info("recovering: offset %d of %d", engine.applied_offset, last)
+                logger.info("recovering: offset %d of %d", applier.offset, last)
     metrics.recovery_lag_records.set(0)
     return records

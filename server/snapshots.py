@@ -68,7 +68,7 @@ class Snapshots:
         while not self._stop.wait(wait_s):
             wait_s = every_s
             try:
-                if self._engine.applied_offset > self._taken_offset:
+                if self._engine.applier.offset > self._taken_offset:
                     self.take()
                 self._trim()
             except (Draining, CancelledError):
@@ -107,12 +107,12 @@ class Snapshots:
     def _capture(self) -> Contents:
         """On the engine thread: nothing but copies."""
         started_s = time.monotonic()
-        engine = self._engine
+        engine, applier = self._engine, self._engine.applier
         state = self._buffer.capture(engine.table)
         newest, ends = engine.ends.export()
         manifest = manifest_of(
-            state, offset=engine.applied_offset, stamp_ms=engine.applied_stamp_ms,
-            record_crc=engine.applied_crc(), table_ms=engine.table_ms, log=self._log,
+            state, offset=applier.offset, stamp_ms=applier.stamp_ms,
+            record_crc=applier.crc(), table_ms=applier.table_ms, log=self._log,
             feature_schema=engine.features.schema, ends_newest=newest,
         )  # fmt: skip
         self._metrics.snapshot_pause_seconds.observe(time.monotonic() - started_s)

@@ -58,3 +58,37 @@ class Sweep:
             return RefreshJob(np.zeros(1, np.int32), nobody, probe, None, now_ms)
         ids = table.columns.ids[self.slots].view("S64").reshape(-1)
         return RefreshJob(self.slots, self._sessions, self._values, ids, now_ms)
+
+
+class Sweeps:
+    """Sweeps one after the other: the next begins ``refresh_ms`` after the last did, once that is finished."""
+
+    def __init__(self, table: LiveTable, features: FeatureSet, streams: StreamState, refresh_ms: int) -> None:
+        self._table, self._features, self._streams, self._refresh_ms = table, features, streams, refresh_ms
+        self._current = Sweep.begin(table, features)
+        self._next_ms = 0
+
+    @property
+    def states(self) -> NDArray[np.uint8]:
+        """Of the newest sweep: uint8[n, F]."""
+        return self._current.states
+
+    def step(self, now_ms: int) -> RefreshJob | None:
+        """Sweeps on, if one is due; the rows for the model when that finished it."""
+        if self._current.finished:
+            if now_ms < self._next_ms:
+                return None
+            self._begin(now_ms)
+        self._current.step(self._streams, now_ms)
+        return self._current.job(self._table, now_ms) if self._current.finished else None
+
+    def whole(self, now_ms: int) -> RefreshJob:
+        """A whole new one at once. It stands for the one that is due, not for one more just before it."""
+        self._begin(now_ms)
+        while not self._current.finished:
+            self._current.step(self._streams, now_ms)
+        return self._current.job(self._table, now_ms)
+
+    def _begin(self, now_ms: int) -> None:
+        self._next_ms = now_ms + self._refresh_ms
+        self._current = Sweep.begin(self._table, self._features)

@@ -69,7 +69,8 @@ class TrendPath:
         self.model, self.versions = model, versions
         self.contract = Contract(engine.features.schema, {INPUT: (n_features,)}, {OUTPUT: ()})
         self.trial = Trial()
-        self._engine, self._refresher, self._open_version = engine, refresher, open_version
+        self._engine, self._answerer = engine, engine.answerer
+        self._refresher, self._open_version = refresher, open_version
         self._serving, self._pinned = serving, version
         self._opened: dict[int, SharedScorer] = {}  # warm, or served before
         self._ring = SampleRing(n_features)
@@ -87,7 +88,7 @@ class TrendPath:
 
     def answering(self) -> int:
         """See ServingPath."""
-        name, _, version = self._engine.scores.model_version.partition("/")
+        name, _, version = self._answerer.scores.model_version.partition("/")
         return int(version) if name == self.model and version.isdecimal() else 0
 
     def samples(self) -> Rows:
@@ -125,7 +126,7 @@ class TrendPath:
         """See ServingPath."""
         label = self._label(version)
         self.trial = trial = Trial()
-        self._on_engine(lambda: self._engine.try_candidate(label))
+        self._on_engine(lambda: self._answerer.try_candidate(label))
         with self._wake:
             self._shadow = _Shadow(version, label, self._opened[version], percent, trial)
 
@@ -136,7 +137,7 @@ class TrendPath:
                 self._shadow.percent = scored_percent
 
         def set_share() -> None:
-            self._engine.candidate.share = served_percent / 100.0
+            self._answerer.candidate.share = served_percent / 100.0
 
         self._on_engine(set_share)
 
@@ -144,17 +145,17 @@ class TrendPath:
         """See ServingPath."""
         with self._wake:
             self._shadow = None
-        self._on_engine(lambda: self._engine.try_candidate(""))
+        self._on_engine(lambda: self._answerer.try_candidate(""))
 
     def promote(self, version: int) -> None:
         """See ServingPath."""
         scorer, label = self._opened[version], self._label(version)
         fresh: RefreshResult | None = None
-        if self._engine.candidate.version != label or self._engine.candidate.result is None:
+        if self._answerer.candidate.version != label or self._answerer.candidate.result is None:
             fresh = self._score_last_job(scorer, version, self._refresher.deadline_s)
 
         def flip() -> None:
-            lane = self._engine.candidate
+            lane = self._answerer.candidate
             result = lane.result if lane.version == label and lane.result is not None else fresh
             if result is None or result.level is not Level.NONE:
                 raise Refused(f"{label} has not scored the table: {'; '.join(result.reasons) if result else 'no row'}")
@@ -180,7 +181,7 @@ class TrendPath:
 
     def viewers(self) -> tuple[Viewers, Viewers, int, int]:
         """See ServingPath."""
-        lane = self._engine.candidate
+        lane = self._answerer.candidate
         ours, theirs = (_viewers(seen) for seen in lane.seen)
         return ours, theirs, lane.faults, lane.served
 
@@ -207,7 +208,7 @@ class TrendPath:
     def _take_over(self, scorer: SharedScorer, label: str, result: RefreshResult) -> None:
         """Engine thread: from here on this model's scores, this model's refreshes and its name, all at once."""
         good_ms = result.as_of_ms if result.level is Level.NONE else None
-        self._engine.replace_scores(result, self._refresher.use(scorer, label, good_ms))
+        self._answerer.replace_scores(result, self._refresher.use(scorer, label, good_ms))
 
     def _now_serves(self, scorer: SharedScorer, version: int) -> None:
         with self._wake:
@@ -274,7 +275,7 @@ class TrendPath:
                     self._work_left = None
 
     def _try(self, shadow: _Shadow, job: RefreshJob, serving: NDArray[np.float32], serving_s: float) -> None:
-        trial, lane = shadow.trial, self._engine.candidate
+        trial, lane = shadow.trial, self._answerer.candidate
         began_s = time.monotonic()
         try:
             answer = self._named(shadow.scorer, shadow.version, job.features, self._refresher.deadline_s)

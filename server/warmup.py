@@ -55,7 +55,7 @@ def warm_up(engine: Engine, backend: Backend = CPU) -> None:
     else:
         compiled()  # beside the engine, which goes on expiring leases
     engine.call(engine.pipeline.prepare).result()
-    engine.first_scores.wait(MODEL_WAIT_S)
+    engine.answerer.first_scores.wait(MODEL_WAIT_S)
     logger.info("warm after %.1f s", time.monotonic() - started_s)
 
 

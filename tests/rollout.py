@@ -70,7 +70,7 @@ def some_streams(client: Client, count: int = 60) -> None:
     for i in range(count):
         client.publish(started(f"s{i}", 0, now_ms), event(f"s{i}", 0, now_ms, 1, viewer_count={"count": 10 + 37 * i}))
     client.tick()
-    assert client.app.engine.scores.model_version
+    assert client.app.engine.answerer.scores.model_version
 
 
 def versions_of(reply: ranking_pb2.RankResponse) -> set[str]:

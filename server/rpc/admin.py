@@ -36,7 +36,7 @@ class AdminService(ModelMethods, pb_grpc.AdminServicer):
         return self._engine.call(self._status).result()
 
     def _status(self) -> pb.StatusResponse:
-        engine, state = self._engine, self._engine.reply_state()
+        engine, state = self._engine, self._engine.answerer.reply_state()
         live, suspect, ended = engine.table.count_states()
         return pb.StatusResponse(
             version=version("liverank"),

@@ -7,7 +7,8 @@ from concurrent.futures import Future
 
 from liverank.v1 import ingest_pb2 as pb
 
-from server.engine import Engine, PublishResult
+from server.applier import PublishResult
+from server.engine import Engine
 from server.errors import NotFound, Refused
 from server.live.events import decode_batch
 from server.log.commit import TIME_PRODUCER, CommitPath, Submission
@@ -71,7 +72,7 @@ class Control:
     def _publish(self, events: list[pb.Event]) -> PublishResult:
         with self._lock:  # sequences must reach the log in order
             # Above everything a control batch of an earlier run used: each of those has a smaller offset.
-            sequence = max(self._last_sequence, (self._engine.applied_offset + 1) << 20)
+            sequence = max(self._last_sequence, (self._engine.applier.offset + 1) << 20)
             for event in events:
                 sequence += 1
                 event.sequence = sequence

@@ -10,7 +10,8 @@ from liverank.v1 import ingest_pb2 as pb
 from liverank.v1 import ingest_pb2_grpc as pb_grpc
 
 from kernels import fence
-from server.engine import Engine, PublishResult
+from server.applier import PublishResult
+from server.engine import Engine
 from server.errors import Forbidden, InvalidRequest
 from server.live.events import DecodedBatch, Rejection, decode_batch
 from server.log.commit import CommitPath, Submission

@@ -39,7 +39,7 @@ class LivenessService(pb_grpc.LivenessServicer):
         wanted = [(stream.stream_id, stream.epoch) for stream in request.streams]
         engine = self._engine
         statuses, as_of_ms, offset = engine.call(
-            lambda: (*check_live(engine.table, engine.streams, engine.clock, wanted), engine.applied_offset)
+            lambda: (*check_live(engine.table, engine.streams, engine.clock, wanted), engine.applier.offset)
         ).result()
         return pb.CheckLiveResponse(
             streams=[
@@ -95,5 +95,5 @@ class LivenessService(pb_grpc.LivenessServicer):
             confirmed=found.confirmed,
             ended_stream_ids=ended,
             unknown_stream_ids=[request.live_stream_ids[i] for i in found.unknown],
-            applied_offset=offset or engine.applied_offset,
+            applied_offset=offset or engine.applier.offset,
         )

@@ -165,9 +165,9 @@ class RankingService:
         (query,) = self._with_embeddings([asked])
 
         def ask() -> Explanation | None:
-            age_ms = engine.reply_state().score_age_ms
+            age_ms = engine.answerer.reply_state().score_age_ms
             parts = (engine.table, engine.streams, engine.features, engine.pipeline)
-            with engine.ranked_for(query):
+            with engine.answerer.ranked_for(query):
                 return explain(*parts, query, request.stream_id, age_ms)
 
         found = _await(engine.call(ask), deadline_s)

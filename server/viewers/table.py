@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.idmap import hash_ids
 from kernels.lru import ROWS, Lru, allocate_lru, restore_lru
-from kernels.visits import IS_VISIT, Visits, apply_visits, fold_epoch, read_visits
+from kernels.visits import Visits, apply_visits, fold_epoch, read_visits
 from server.config import ViewerSettings
 from server.live.events import EventColumns
 from server.live.table import LiveTable
@@ -86,16 +85,11 @@ class ViewerTable:
         self, table: LiveTable, events: EventColumns, slots: NDArray[np.int32], current: NDArray[np.bool_]
     ) -> None:
         """See Follower."""
-        at = np.flatnonzero(current & IS_VISIT[events.kind] & (events.viewer_hash != 0))
-        if not len(at):
-            return
-        slots = slots[at]
         done = apply_visits(
             self.viewers, self.visits, self.sessions,
-            viewer_hash=events.viewer_hash[at],
-            stream_hash=hash_ids(events.ids[at], events.id_lengths[at]),
-            epoch=table.columns.epoch[slots], kind=events.kind[at], time_ms=events.time_ms[at],
-            value=events.value[at], slots=slots, watched_ms=WATCHED_MS, bounce_ms=BOUNCE_MS,
+            counted=current, viewer_hash=events.viewer_hash, ids=events.ids, id_lengths=events.id_lengths,
+            kind=events.kind, time_ms=events.time_ms, value=events.value, slots=slots,
+            row_epochs=table.columns.epoch, watched_ms=WATCHED_MS, bounce_ms=BOUNCE_MS,
         )  # fmt: skip
         self.forgotten += done.forgotten
         if len(done.rows):

@@ -386,10 +386,10 @@ def test_only_its_owner_changes_a_stream_also_after_a_restart(tmp_path: Path, ow
     def attack(app: App) -> None:
         with channel(app.port, TOKENS["other"]) as made:
             publisher = Publisher(made)
-            publisher.sequence = app.engine.applied_offset * 100
+            publisher.sequence = app.engine.applier.offset * 100
             codes = publisher.codes(
                 event("mine", 0, epoch=1, ended={}), started("mine", 0, epoch=2), event("mine", 0, chatted={}),
-                started(f"other-{app.engine.applied_offset}", 0), producer="other",
+                started(f"other-{app.engine.applier.offset}", 0), producer="other",
             )  # fmt: skip
             assert codes == [ingest_pb2.NOT_OWNER] * 3 + [0]
             publisher.close()

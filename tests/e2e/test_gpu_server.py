@@ -118,22 +118,22 @@ def test_a_canary_is_ranked_on_the_host_and_a_promotion_reaches_the_device(clien
     engine = client.app.engine
     client.tick()
     client.app._refresher.close()  # the model that it asks is still the first one
-    used = engine.scores
+    used = engine.answerer.scores
     assert used.scores is not None
     scores = np.float32(1.0) - used.scores
     other = replace(used, scores=scores, order=rank_rows(scores, used.slots, None), model_version="trendiness/2")
 
     def begin() -> None:
-        engine.try_candidate("trendiness/2")
-        assert engine.candidate.take(other)
-        engine.candidate.share = 1.0
+        engine.answerer.try_candidate("trendiness/2")
+        assert engine.answerer.candidate.take(other)
+        engine.answerer.candidate.share = 1.0
 
     assert client.rank(limit=3).model_version == "trendiness/1"
     engine.call(begin).result(10.0)
     before = on_host(client).get("canary", 0)
     assert client.rank(limit=3).model_version == "trendiness/2"
     assert on_host(client)["canary"] == before + 1
-    engine.call(lambda: engine.replace_scores(other, used.turn)).result(10.0)
+    engine.call(lambda: engine.answerer.replace_scores(other, used.turn)).result(10.0)
     assert client.rank(limit=3).model_version == "trendiness/2"
     assert on_host(client)["canary"] == before + 1, "the device ranks by it now"
     pipeline = engine.pipeline

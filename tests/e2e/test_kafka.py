@@ -78,7 +78,7 @@ def now_ms() -> int:
 def state_at(client: Client) -> tuple[int, dict[str, Any], tuple[int, list[Any]]]:
     """Offset, everything the log determines, and the ends; taken between two batches."""
     engine = client.app.engine
-    return engine.call(lambda: (engine.applied_offset, everything(engine.table), engine.ends.export())).result(10.0)
+    return engine.call(lambda: (engine.applier.offset, everything(engine.table), engine.ends.export())).result(10.0)
 
 
 def assert_same_at_one_offset(a: Client, b: Client) -> None:
@@ -109,7 +109,7 @@ def test_two_writers_with_different_clocks_and_a_follower_have_the_same_table(tm
         a.publish(event("b3", 0, now_ms(), epoch=1, ended={"reason": "over"}))
         last = b.publish(event("a4", 0, now_ms(), epoch=1, ended={}))
         assert follower.rank(min_offset=last.offset, limit=50).applied_offset >= last.offset
-        stamps = [c.app.engine.applied_stamp_ms for c in (a, b, follower)]
+        stamps = [c.app.engine.applier.stamp_ms for c in (a, b, follower)]
         assert min(stamps) > now_ms(), "the clock that is ahead drives the time of all"
         for other in (b, follower):
             assert_same_at_one_offset(a, other)
@@ -141,7 +141,7 @@ def test_an_acknowledged_batch_is_visible_to_the_next_call_and_its_offset_can_be
 ) -> None:
     with server(tmp_path / "a", broker) as a, server(tmp_path / "b", broker) as b:
         ack = a.publish(started("s", 0, now_ms()))
-        assert a.app.engine.applied_offset >= ack.offset
+        assert a.app.engine.applier.offset >= ack.offset
         assert b.rank(min_offset=ack.offset).applied_offset >= ack.offset
         refs = [liveness_pb2.StreamRef(stream_id="s")]
         (status,) = b.liveness.CheckLive(liveness_pb2.CheckLiveRequest(streams=refs), timeout=10.0).streams

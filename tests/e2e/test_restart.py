@@ -32,7 +32,7 @@ from tests.unit.test_snapshots import everything
 
 def state(client: Client) -> dict[str, Any]:
     engine = client.app.engine
-    return engine.call(lambda: {"offset": engine.applied_offset, **everything(engine.table)}).result(10.0)
+    return engine.call(lambda: {"offset": engine.applier.offset, **everything(engine.table)}).result(10.0)
 
 
 def snapshots(folder: Path) -> list[Path]:
@@ -129,7 +129,7 @@ def test_without_a_usable_snapshot_a_shortened_log_refuses_to_start_unless_told_
     with pytest.raises(LogError, match=r"records 1 to \d+ are gone.*accept_lost_history = true"):
         running_app(tmp_path, clock).__enter__()
     with running_app(tmp_path, clock, log={"accept_lost_history": True}) as client:
-        assert client.app.engine.applied_offset == 20
+        assert client.app.engine.applier.offset == 20
         assert not client.publish(started("new", 0, T0), producer="q").rejected
 
 
@@ -235,7 +235,7 @@ def test_a_server_told_to_stop_while_it_recovers_stops(
     app.stop_starting()
     with pytest.raises(Draining, match="stopped while recovering"):
         app.start()
-    assert app.engine.applied_offset == 256
+    assert app.engine.applier.offset == 256
 
 
 def test_the_log_is_shortened_behind_the_oldest_kept_snapshot_and_its_file_stops_growing(

@@ -215,7 +215,7 @@ def test_a_fault_in_the_candidates_ranking_costs_no_reply_and_ends_the_canary(
     def broken(*_: object) -> None:
         raise ValueError("planted")
 
-    monkeypatch.setattr(client.app.engine.candidate, "reply_state", broken)
+    monkeypatch.setattr(client.app.engine.answerer.candidate, "reply_state", broken)
     assert set(served(client, 50).values()) == {"trendiness/1"}
     assert ended(client).why.startswith("errors: ")
 
@@ -374,7 +374,7 @@ def test_diff_tells_metrics_and_agreement_of_two_versions(client: Client, monkey
 
 def test_scores_of_the_old_version_that_arrive_after_the_flip_change_nothing(client: Client) -> None:
     push(client)
-    late = client.app.engine.scores
+    late = client.app.engine.answerer.scores
     client.admin.PromoteModel(pb.PromoteModelRequest(version=2, force=True, why=WHY), timeout=10.0)
     client.app.engine.scored(late)  # the refresh that was on its way
     client.app.engine.call(lambda: None).result(10.0)
@@ -383,7 +383,7 @@ def test_scores_of_the_old_version_that_arrive_after_the_flip_change_nothing(cli
 
 def test_a_row_that_another_version_did_not_score_does_not_keep_the_score_of_the_one_before(client: Client) -> None:
     engine = client.app.engine
-    used = engine.scores
+    used = engine.answerer.scores
     assert used.scores is not None
     scores = (np.floor(used.scores * 499) * 0.002).astype(np.float32)  # on the other lattice
     scores[::2] = np.nan

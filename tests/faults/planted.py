@@ -17,9 +17,10 @@ import numpy as np
 
 from kernels import fence, verify
 from loadtest.faults.launcher import COMMANDS, main
-from server.engine import Engine, PublishResult
+from server.applier import Applier, PublishResult
+from server.engine import Engine
 from server.live import table as table_module
-from server.log.commit import Committed
+from server.log.commit import CommitPath, Committed
 from server.log.sqlite import SqliteLog
 from server.ranking import pipeline
 
@@ -61,7 +62,7 @@ def acknowledge_before_applying() -> None:
     # (time.monotonic() when due, group), oldest first; engine thread only.
     waiting: list[tuple[float, list[Committed]]] = []
 
-    def hasty(self: Engine, group: list[Committed]) -> None:
+    def hasty(self: Applier, group: list[Committed], commit: CommitPath) -> None:
         for committed in group:
             codes = np.zeros(len(committed.submission.batch.events), np.uint8)
             committed.submission.done.set_result(PublishResult(committed.record.offset, codes))
@@ -70,10 +71,11 @@ def acknowledge_before_applying() -> None:
     def tick(self: Engine) -> None:
         while waiting and waiting[0][0] <= time.monotonic():
             _, group = waiting.pop(0)
-            RIGHT_APPLY(self, [replace(c, submission=replace(c.submission, done=Future())) for c in group])
+            again = [replace(c, submission=replace(c.submission, done=Future())) for c in group]
+            RIGHT_APPLY(self.applier, again, self._commit)
         RIGHT_TICK(self)
 
-    Engine._apply = hasty  # type: ignore[method-assign]
+    Applier.apply = hasty  # type: ignore[method-assign]
     Engine._tick = tick  # type: ignore[method-assign]
 
 
@@ -102,13 +104,13 @@ BUGS: dict[str, Callable[[], None]] = {
     "ignore the epoch": ignore_the_epoch,
     "acknowledge before it is durable": acknowledge_before_it_is_durable,  # only a kill shows it, and must follow
 }
-RIGHT_TICK, RIGHT_APPLY, RIGHT_APPEND = Engine._tick, Engine._apply, SqliteLog.append
+RIGHT_TICK, RIGHT_APPLY, RIGHT_APPEND = Engine._tick, Applier.apply, SqliteLog.append
 RIGHT_FENCE, RIGHT_VERIFY = fence.fence_events, verify.verify_slates
 
 
 def plant(name: str) -> None:
     """Mends everything, then plants ``name``."""
-    Engine._tick, Engine._apply = RIGHT_TICK, RIGHT_APPLY  # type: ignore[method-assign]
+    Engine._tick, Applier.apply = RIGHT_TICK, RIGHT_APPLY  # type: ignore[method-assign]
     SqliteLog.append = RIGHT_APPEND  # type: ignore[method-assign]
     table_module.fence.fence_events = RIGHT_FENCE
     pipeline.verify_slates = RIGHT_VERIFY

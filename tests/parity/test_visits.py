@@ -11,19 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import fence
+from kernels.idmap import hash_ids, pack_ids
 from kernels.lru import allocate_lru, find, restore_lru, take
 from kernels.visits import IS_VISIT, Visits, apply_visits, fold_epoch, read_visits
 
 S = 3
 KINDS = np.flatnonzero(IS_VISIT).tolist()
 EVENT = st.tuples(
-    st.integers(1, 6),
+    st.integers(0, 6),
     st.integers(1, 5),
     st.integers(1, 2),
-    st.sampled_from(KINDS),
+    st.sampled_from([*KINDS, fence.VIEWER_COUNT]),
     st.integers(0, 60),
     st.integers(0, 40),
+    st.sampled_from([True, True, True, False]),
 )
+IDS, ID_LENGTHS = pack_ids([b"stream-%d" % number * number for number in range(6)])
+HASHES = hash_ids(IDS, ID_LENGTHS).tolist()
 
 
 @dataclass
@@ -45,7 +49,10 @@ class Model:
     sessions: OrderedDict[tuple[int, int], None] = field(default_factory=OrderedDict)
     forgotten: int = 0
 
-    def apply(self, viewer: int, stream: int, epoch: int, kind: int, second: int, value: int) -> None:
+    def apply(self, viewer: int, stream: int, epoch: int, kind: int, second: int, value: int, counted: bool) -> None:
+        if viewer == 0 or kind not in KINDS or not counted:
+            return
+        stream = HASHES[stream]
         if kind == fence.LEFT and viewer not in self.viewers:
             return
         if viewer not in self.viewers:
@@ -112,9 +119,10 @@ def test_visits_are_those_of_the_plain_model(
             model.apply(*row)
         done = apply_visits(
             viewers, visits, sessions,
-            viewer_hash=part[:, 0].astype(np.uint64), stream_hash=part[:, 1].astype(np.uint64),
-            epoch=part[:, 2].copy(), kind=part[:, 3].astype(np.uint8), time_ms=part[:, 4] * 1000,
-            value=part[:, 5].astype(np.float64), slots=part[:, 1].astype(np.int32),
+            counted=part[:, 6].astype(np.bool_), viewer_hash=part[:, 0].astype(np.uint64),
+            ids=IDS[part[:, 1]], id_lengths=ID_LENGTHS[part[:, 1]], kind=part[:, 3].astype(np.uint8),
+            time_ms=part[:, 4] * 1000, value=part[:, 5].astype(np.float64),
+            slots=np.arange(len(part), dtype=np.int32), row_epochs=part[:, 2].copy(),
             watched_ms=30_000, bounce_ms=10_000,
         )  # fmt: skip
         forgotten += done.forgotten
@@ -186,7 +194,8 @@ def test_rows_that_are_no_list_are_refused() -> None:
 def test_a_column_of_another_type_is_refused_by_name() -> None:
     viewers, sessions, visits = allocate_lru(2), allocate_lru(2), empty(2)
     good = {
-        "viewer_hash": np.ones(1, np.uint64), "stream_hash": np.ones(1, np.uint64), "epoch": np.ones(1, np.int64),
+        "counted": np.ones(1, np.bool_), "viewer_hash": np.ones(1, np.uint64), "ids": IDS[:1],
+        "id_lengths": ID_LENGTHS[:1], "row_epochs": np.ones(1, np.int64),
         "kind": np.full(1, fence.JOINED, np.uint8), "time_ms": np.ones(1, np.int64), "value": np.ones(1),
         "slots": np.zeros(1, np.int32),
     }  # fmt: skip
@@ -200,3 +209,25 @@ def test_a_column_of_another_type_is_refused_by_name() -> None:
 def test_folded_epochs_keep_small_ones_apart() -> None:
     epochs = np.array([1, 2, 1 << 32, (1 << 32) + 2, 1_700_000_000_000, 1_700_000_000_001], np.int64)
     assert len(set(fold_epoch(epochs).tolist())) == 5, "1 and 2^32 fold to the same: one chance in 2^32"
+
+
+def test_more_events_than_are_touched_at_once_are_applied_as_one_by_one() -> None:
+    rng = np.random.default_rng(8)
+    n = 1_000
+    stream = rng.integers(1, 6, n)
+    columns = {
+        "counted": rng.random(n) < 0.9, "viewer_hash": rng.integers(0, 300, n).astype(np.uint64),
+        "ids": IDS[stream], "id_lengths": ID_LENGTHS[stream],
+        "kind": rng.choice([*KINDS, fence.HEARTBEAT], n).astype(np.uint8),
+        "time_ms": rng.integers(0, 90, n) * 1_000, "value": rng.random(n),
+        "slots": rng.integers(0, 9, n).astype(np.int32),
+    }  # fmt: skip
+    fixed = {"row_epochs": np.arange(9), "watched_ms": 30_000, "bounce_ms": 10_000}
+    whole, single = ((allocate_lru(200), empty(200), allocate_lru(4)) for _ in range(2))
+    at_once = apply_visits(*whole, **columns, **fixed)
+    one_by_one = [apply_visits(*single, **{k: v[i : i + 1] for k, v in columns.items()}, **fixed) for i in range(n)]
+    assert at_once.forgotten == sum(done.forgotten for done in one_by_one) > 0
+    assert at_once.rows.tolist() == [row for done in one_by_one for row in done.rows.tolist()]
+    for one, other in zip(whole, single, strict=True):
+        for column, as_well in zip(one, other, strict=True):
+            np.testing.assert_array_equal(column, as_well)

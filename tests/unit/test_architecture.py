@@ -86,6 +86,12 @@ def test_only_the_edge_knows_grpc_and_only_the_model_transport_knows_triton() ->
             assert place.startswith("scoring/"), place
 
 
+def test_what_runs_on_the_engine_thread_knows_no_wire_format() -> None:
+    for name in ("engine", "answerer", "applier", "sweep"):
+        tops = {found.split(".")[0] for found in imports_of(ROOT / "server" / f"{name}.py")}
+        assert not tops & {"grpc", "liverank", "google"}, name
+
+
 def run(program: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, cwd=ROOT)
 
