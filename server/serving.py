@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -144,10 +145,14 @@ def _serve_until(make: Callable[[Callable[[], None]], _Serving], ready_file: Pat
         except BaseException:
             give_up()
             raise
+        # What lives by now lives as long as the process. A collector that visits all of it stops every thread for a
+        # tenth of a second, again and again; frozen, it is left out.
+        gc.freeze()
         if ready_file is not None:
             write_whole(ready_file, json.dumps({"port": serving.port, "metrics_port": serving.metrics_port}))
 
     serving = make(give_up)
+    gc.collect()  # what was made and dropped while modules were loaded is not worth keeping
     starting = threading.Thread(target=start, name="start")  # a recovery may be long, and can be stopped
     starting.start()
     signal.sigwait(_STOPS)
