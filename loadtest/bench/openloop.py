@@ -19,7 +19,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtest.bench.load import Ask, LoadReport, code_of
+from loadtest.bench.load import Ask, LoadReport, code_of, without_pauses
 
 ANSWERED, UNSENT = 0, 1
 _LOOKS_UP_EVERY_S = 0.5  # a sleeping caller notices that the run was abandoned
@@ -152,7 +152,7 @@ def open_loop_at(
             raise
 
     callers = min(callers, planned)
-    with ThreadPoolExecutor(callers) as pool:
+    with without_pauses(), ThreadPoolExecutor(callers) as pool:
         try:
             for done in [pool.submit(run, i) for i in range(callers)]:
                 done.result()
