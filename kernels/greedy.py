@@ -14,6 +14,7 @@ inline. Whose address is taken is an argument: see `kernels.vectors`. Nothing he
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -168,18 +169,39 @@ def _take_place(
 class _Scratch(NamedTuple):
     """What one row's choice needs, by position (utility descending, then id), by sixteen of them, or by choice.
 
-    worth: utility; NaN: chosen, or at a cap. value: worth less the penalty, as far as it is known. closest, second,
-    which: see `cosines.meet`. sides: embeddings side by side. rows_at: addresses. chosen: embeddings.
+    lanes float32[4, P]: worth (the utility; NaN: chosen, or at a cap), value (worth less the penalty, as far as that is
+    known), closest and second; which int32[P]: see `cosines.meet`. sides float32[P / 16, D, 16]: embeddings side by
+    side, and chosen float32[C, D]: of the choices, D rounded up to sixteens, zero there. rows_at int64[16]: addresses.
     """
 
-    worth: NDArray[np.float32]
-    value: NDArray[np.float32]
-    closest: NDArray[np.float32]
-    second: NDArray[np.float32]
+    lanes: NDArray[np.float32]
     which: NDArray[np.int32]
     sides: NDArray[np.float32]
     rows_at: NDArray[np.int64]
     chosen: NDArray[np.float32]
+
+
+_kept = threading.local()
+"""The scratch of each thread: pages that the system has to clear cost as much as a small batch."""
+
+
+def _scratch_for(width: int, most: int, dim: int) -> _Scratch:
+    """Of at least ``width`` positions and ``most`` choices, for embeddings of ``dim``."""
+    kept: tuple[int, int, int] = getattr(_kept, "sizes", (0, 0, 0))
+    if kept[0] < width or kept[1] < most or kept[2] != dim:  # what was written for another dim is not zero beyond it
+        if kept[2] == dim:
+            width, most = max(width, kept[0]), max(most, kept[1])
+        groups, sixteens = -(-width // LANES), -(-dim // LANES)
+        _kept.sizes = groups * LANES, most, dim
+        _kept.scratch = _Scratch(
+            lanes=zeros_in_lines((4, groups * LANES), np.float32),
+            which=zeros_in_lines((groups * LANES,), np.int32),
+            sides=zeros_in_lines((groups, sixteens * LANES, LANES), np.float32),
+            rows_at=np.zeros(LANES, np.int64),
+            chosen=zeros_in_lines((most, sixteens * LANES), np.float32),
+        )
+    scratch: _Scratch = _kept.scratch
+    return scratch
 
 
 def choose(
@@ -200,19 +222,8 @@ def choose(
     reserve: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
     """The fields of `kernels.slate.Slates`; ``keys`` is what `rank_candidates` fills, sorted per row."""
-    width, groups = slots.shape[1], -(-slots.shape[1] // LANES)
-    most = min(int(limits.max(initial=0)) + reserve, width)
-    dim = -(-embeddings.shape[1] // LANES) * LANES
-    scratch = _Scratch(
-        worth=zeros_in_lines((groups * LANES,), np.float32),
-        value=zeros_in_lines((groups * LANES,), np.float32),
-        closest=zeros_in_lines((groups * LANES,), np.float32),
-        second=zeros_in_lines((groups * LANES,), np.float32),
-        which=zeros_in_lines((groups * LANES,), np.int32),
-        sides=zeros_in_lines((groups, dim, LANES), np.float32),  # zero beyond the last dimension
-        rows_at=np.zeros(LANES, np.int64),
-        chosen=zeros_in_lines((most, dim), np.float32),
-    )
+    most = min(int(limits.max(initial=0)) + reserve, slots.shape[1])
+    scratch = _scratch_for(slots.shape[1], most, embeddings.shape[1])
     return _choose(
         scratch, keys, slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,
         creator_caps, category_caps, diversity, reserve,
@@ -247,13 +258,16 @@ def _choose(
     n_slate = np.zeros(batch, np.int32)
     n_reserve = np.zeros(batch, np.int32)
     outcome = np.zeros((batch, width), np.uint8)
-    worth, _, closest, second, which, sides, rows_at, chosen = scratch
+    lanes, which, sides, rows_at, chosen = scratch
+    worth, closest, second = lanes[0], lanes[2], lanes[3]
     most, dim, whole = chosen.shape[0], embeddings.shape[1], embeddings.shape[1] // LANES * LANES
-    worth_at, value_at, closest_at = scratch.worth.ctypes.data, scratch.value.ctypes.data, scratch.closest.ctypes.data
-    second_at, which_at, sides_at = scratch.second.ctypes.data, scratch.which.ctypes.data, scratch.sides.ctypes.data
-    pointers_at, chosen_at, table_at = (
-        scratch.rows_at.ctypes.data, scratch.chosen.ctypes.data, embeddings.ctypes.data,
+    line_bytes = 4 * lanes.shape[1]
+    worth_at = scratch.lanes.ctypes.data
+    value_at, closest_at, second_at = worth_at + line_bytes, worth_at + 2 * line_bytes, worth_at + 3 * line_bytes
+    which_at, sides_at, pointers_at = (
+        scratch.which.ctypes.data, scratch.sides.ctypes.data, scratch.rows_at.ctypes.data,
     )  # fmt: skip
+    chosen_at, table_at = scratch.chosen.ctypes.data, embeddings.ctypes.data
     doubt = np.float32((dim + 8) * 2.0**-23)  # of a cosine: twice what a sum of so many can lose
     # By position.
     padded = worth.shape[0]
