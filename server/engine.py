@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -83,7 +83,7 @@ class _TableFault(Exception):
     """The table was being changed: which of its rows were is not known."""
 
 
-Encoder = Callable[[SlateBatch, ReplyState, LiveTable, float], list[bytes]]
+Encoder = Callable[[SlateBatch, ReplyState, LiveTable, float], Sequence[bytes]]
 
 
 class Engine:
@@ -217,6 +217,19 @@ class Engine:
             self._queue.put(parts, self.applied_offset)
             self._wake.notify()
         return answers
+
+    def put(self, calls: Sequence[Waiting[RankQuery]]) -> int:
+        """Queues calls of one viewer each, as `rank` does; returns how many there was room for, the first ones.
+
+        Raises:
+            Draining: the engine has not started, or stops.
+        """
+        with self._wake:
+            self._check_open()
+            room = max(0, self.settings.serve.max_queue_rows - self._queue.rows)
+            self._queue.put(calls[:room], self.applied_offset)
+            self._wake.notify()
+        return min(room, len(calls))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Runs ``function`` on the engine thread, between batches."""
@@ -574,7 +587,7 @@ class Engine:
     def _finish(self, on_its_way: _OnItsWay) -> None:
         items, began_s = on_its_way.items, on_its_way.began_s
         with self._guarded(items):
-            replies: list[bytes] = []
+            replies: Sequence[bytes] = []
             if on_its_way.started is not None:
                 slates = self.pipeline.finish(on_its_way.started)
                 state = self.reply_state(quality=on_its_way.quality, by=slates.ranked_by)
@@ -587,7 +600,7 @@ class Engine:
         self._batch_s += 0.13 * (min(time.monotonic() - began_s, 0.1) - self._batch_s)
 
     def _with_candidate(
-        self, on_its_way: _OnItsWay, by_candidate: NDArray[np.bool_], usual: list[bytes]
+        self, on_its_way: _OnItsWay, by_candidate: NDArray[np.bool_], usual: Sequence[bytes]
     ) -> list[bytes]:
         """All replies in order: ``usual``, and between them those of the viewers ranked by the candidate.
 
@@ -618,7 +631,7 @@ class Engine:
     def _batch_of(self, queries: list[RankQuery]) -> QueryBatch:
         return build_batch(queries, self.table, self.streams.book, self.clock.now_ms())
 
-    def _encoded(self, slates: SlateBatch, state: ReplyState, began_s: float) -> list[bytes]:
+    def _encoded(self, slates: SlateBatch, state: ReplyState, began_s: float) -> Sequence[bytes]:
         """The replies, counted."""
         replies = self._encode(slates, state, self.table, began_s)
         shown = slates.slots[slates.slots >= 0]
@@ -628,7 +641,7 @@ class Engine:
             self._served.append((slates, state))
         return replies
 
-    def _hand_out(self, items: list[Waiting[RankQuery]], replies: list[bytes], began_s: float) -> None:
+    def _hand_out(self, items: list[Waiting[RankQuery]], replies: Sequence[bytes], began_s: float) -> None:
         self._recorder.waited(items, began_s)
         hand_out(items, replies)
         served, self._served = self._served, []
