@@ -109,6 +109,12 @@ def _put_length(ring: NDArray[np.uint8], place: int, length: int) -> None:
 
 
 @njit(cache=True, nogil=True)
+def _copy(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
+    for k in range(source.shape[0]):  # between slices: with offsets added it would go byte by byte
+        target[k] = source[k]
+
+
+@njit(cache=True, nogil=True)
 def _lay(
     ring: NDArray[np.uint8],
     at: int,
@@ -133,13 +139,9 @@ def _lay(
             place = 0
         _put_length(ring, place, length)
         place += 8
-        for k in range(heads.shape[1]):
-            ring[place + k] = heads[i, k]
-        place += heads.shape[1]
-        for k in range(common.shape[0]):
-            ring[place + k] = common[k]
-        place += common.shape[0]
-        for k in range(end - begin):
-            ring[place + k] = rows[begin + k]
+        behind = place + heads.shape[1]
+        _copy(heads[i], ring[place:behind])
+        _copy(common, ring[behind : behind + common.shape[0]])
+        _copy(rows[begin:end], ring[behind + common.shape[0] : place + length])
         at += skipped + need
     return at, heads.shape[0]

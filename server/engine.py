@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels import fence
+from kernels.exposures import count_exposures
 from server.admission.gate import Admission
 from server.batching.base import Answer, Priority, Turn, Waiting, hand_out
 from server.batching.queue import RankQueue
@@ -634,8 +635,7 @@ class Engine:
     def _encoded(self, slates: SlateBatch, state: ReplyState, began_s: float) -> Sequence[bytes]:
         """The replies, counted."""
         replies = self._encode(slates, state, self.table, began_s)
-        shown = slates.slots[slates.slots >= 0]
-        np.add.at(self.streams.exposures, shown, 1)
+        count_exposures(self.streams.exposures, slates.slots)
         self._recorder.ranked(slates, state.level.name.lower(), began_s)
         if self.on_served is not None:
             self._served.append((slates, state))

@@ -16,6 +16,7 @@ from liverank.v1 import ingest_pb2 as pb
 from kernels.backend import CPU, Backend
 from kernels.event_arrow import COLUMNS, N_DESCRIBED, decode_columns, text_bytes
 from kernels.event_rows import pack_names
+from kernels.exposures import count_exposures
 from kernels.idmap import hash_ids, pack_ids
 from kernels.rings import lay_messages
 from kernels.unit import to_unit
@@ -96,6 +97,7 @@ def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, ba
     for batch_of in (_queries(settings, 1), _queries(settings, 9)):
         batch = build_batch(batch_of, table, book)
         for slates in (pipeline.rank(batch), pipeline.popular(batch)):
+            count_exposures(streams.exposures, slates.slots)
             _into_a_ring(encode_replies(slates, state, table, 0.0))
     explain(table, streams, features, pipeline, _queries(settings, 1)[0], "s1", 0)
     to_unit(np.ones(settings.table.embedding_dim, np.float32))  # of the first request that brings an embedding
