@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from kernels import fence
 from kernels.exposures import count_exposures
 from server.admission.gate import Admission
+from server.alarm import Alarm
 from server.batching.base import Answer, Priority, Turn, Waiting, hand_out
 from server.batching.queue import RankQueue
 from server.clock import Clock
@@ -134,7 +135,9 @@ class Engine:
         """Told of each batch after it was answered, before anything else is applied. Set before `start`."""
         self._commit: CommitPath | None = None
         self._refresher: Refresher | None = None
-        self._wake = threading.Condition()
+        self._wake = Alarm()
+        self.gather: Callable[[], None] = _nothing
+        """Called on the engine thread whenever it looks for work: may `put` calls that wait elsewhere."""
         self._committed: deque[list[Committed]] = deque()
         serve = settings.serve
         self._queue: RankQueue[RankQuery] = RankQueue(serve.max_batch_rows, serve.batch_window_us / 1e6)
@@ -241,6 +244,14 @@ class Engine:
             self._wake.notify()
         return done
 
+    def watch(self, descriptor: int) -> None:
+        """From now on the engine `gather`s as soon as there is something to read from it. Raises ValueError."""
+        self._wake.watch(descriptor)
+
+    def forget(self, descriptor: int) -> None:
+        """Before a descriptor that is watched is closed."""
+        self._wake.forget(descriptor)
+
     def wake(self) -> None:
         """Something that the engine waits for has come. Any thread."""
         with self._wake:
@@ -320,8 +331,10 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._wake:
+                self.gather()
                 while (idle_s := self._idle_s()) > 0:
                     self._wake.wait(idle_s)
+                    self.gather()
                 groups, self._committed = list(self._committed), deque()
                 results, self._results = list(self._results), deque()
                 calls, self._calls = list(self._calls), deque()

@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import socket
+import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ class Intake:
         path.unlink(missing_ok=True)  # of an engine that was killed
         self._listening.bind(str(path))
         self._edges: set[_Edge] = set()
+        self._reading: tuple[_Edge, ...] = ()  # another one for each change: the engine looks at it without a lock
         self._lock = threading.Lock()
         self._stopping = False
         self._thread = threading.Thread(target=self._accept, name="intake", daemon=True)
@@ -44,6 +46,7 @@ class Intake:
     def start(self) -> None:
         self._listening.listen()
         self._engine.on_rules = self._rules_changed
+        self._engine.gather = self._gather
         self._thread.start()
 
     def stop(self) -> None:
@@ -71,7 +74,7 @@ class Intake:
                 if self._stopping:
                     connection.close()
                     return
-                edge = _Edge(connection, self._engine, self._recorder, self._gone)
+                edge = _Edge(connection, self._engine, self._recorder, self._changed)
                 self._edges.add(edge)
             edge.thread.start()
 
@@ -81,19 +84,32 @@ class Intake:
         for edge in edges:
             edge.tell_surfaces()
 
-    def _gone(self, edge: _Edge) -> None:
+    def _gather(self) -> None:
+        """Queues what edges ask, on the engine thread: while it ranks nobody is woken for what comes."""
+        for edge in self._reading:
+            edge.gather()
+
+    def _changed(self, edge: _Edge, reads: bool) -> None:
+        """An edge is read from now on, or is gone."""
         with self._lock:
-            self._edges.discard(edge)
+            others = [one for one in self._reading if one is not edge]
+            self._reading = (*others, edge) if reads else tuple(others)
+            if not reads:
+                self._edges.discard(edge)
 
 
 class _Edge:
     """One edge that is connected."""
 
-    def __init__(self, connection: socket.socket, engine: Engine, recorder: Recorder, gone: object) -> None:
-        self._connection, self._engine, self._recorder, self._gone = connection, engine, recorder, gone
+    def __init__(
+        self, connection: socket.socket, engine: Engine, recorder: Recorder, changed: Callable[[_Edge, bool], None]
+    ) -> None:
+        self._connection, self._engine, self._recorder, self._changed = connection, engine, recorder, changed
         self._lock = threading.Lock()
         self._waiting: dict[int, RingAnswer] = {}
+        self._asks: RingReader | None = None
         self._answers: RingWriter | None = None
+        self._unpack = Asks().unpack
         self.thread = threading.Thread(target=self._run, name="edge", daemon=True)
 
     def end(self) -> None:
@@ -119,52 +135,58 @@ class _Edge:
                         os.close(descriptor)
                     logger.error("something that is no edge of this version connected: %r", hello)
                     return
-                asks, self._answers = RingReader(*descriptors[:2]), RingWriter(*descriptors[2:])
-                self._converse(connection, asks, self._answers)
-            except OSError as error:
+                self._asks, self._answers = RingReader(*descriptors[:2], waits=False), RingWriter(*descriptors[2:])
+                self._converse(connection, self._asks, self._answers)
+            except (OSError, ValueError) as error:
                 logger.error("an edge is gone: %s", error)
             finally:
-                self._gone(self)  # type: ignore[operator]
+                self._changed(self, False)
 
     def _converse(self, connection: socket.socket, asks: RingReader, answers: RingWriter) -> None:
-        reading = threading.Thread(target=self._read, args=(asks, answers), name="asks", daemon=True)
-        reading.start()
+        self._changed(self, True)
         try:
+            self._engine.watch(asks.event)
             connection.sendall(HELLO)
             self.tell_surfaces()
             connection.recv(1)  # nothing is ever sent: it ends with the edge, or with us
         finally:
-            asks.wake()
-            reading.join()
+            self._changed(self, False)
+            self._engine.forget(asks.event)
+            asks.release()
             with self._lock:
                 left, self._waiting = list(self._waiting.values()), {}
             for answer in left:
                 answer.cancel()
-            asks.release()
             answers.release()
             logger.info("an edge is gone; %d of its calls waited", len(left))
 
-    def _read(self, asks: RingReader, answers: RingWriter) -> None:
-        unpack = Asks().unpack
+    def gather(self) -> None:
+        """Queues what this edge asks now. On the engine thread; a fault in what it wrote costs this edge only."""
+        assert self._asks is not None and self._answers is not None
         try:
-            while True:
-                calls, left = [], []
-                for message in asks.take():
-                    number, client, priority, arrived_s, query = unpack(message)
-                    if query is None:
-                        left.append(number)
-                        continue
-                    one = RingAnswer(number, answers, self)
-                    calls.append(
-                        Waiting([query], client, priority, arrived_s, query.deadline_s, query.min_offset, one, self)
-                    )
-                self._take(calls)
-                for number in left:
-                    self._leave(number)
+            messages = self._asks.take_what_is_there()
+            if messages:
+                self._read(messages, self._answers)
         except RingClosed as closed:
             if closed.args:
                 logger.error("an edge wrote no message: %s", closed)
                 self.end()
+        except (struct.error, ValueError, IndexError):  # ValueError: of bytes that are no text, among others
+            logger.exception("an edge wrote no request")
+            self.end()
+
+    def _read(self, messages: list[bytes], answers: RingWriter) -> None:
+        calls, left = [], []
+        for message in messages:
+            number, client, priority, arrived_s, query = self._unpack(message)
+            if query is None:
+                left.append(number)
+                continue
+            one = RingAnswer(number, answers, self)
+            calls.append(Waiting([query], client, priority, arrived_s, query.deadline_s, query.min_offset, one, self))
+        self._take(calls)
+        for number in left:
+            self._leave(number)
 
     def _take(self, calls: list[Waiting[RankQuery]]) -> None:
         if not calls:

@@ -126,11 +126,17 @@ class RingWriter(_Ring):
 
 
 class RingReader(_Ring):
-    """The end that reads."""
+    """The end that reads.
 
-    def __init__(self, memory: int, event: int) -> None:
+    Args:
+        waits: whether it has a thread of its own, which waits in `take`; else somebody waits for ``event``, and then
+            calls `take_what_is_there`.
+    """
+
+    def __init__(self, memory: int, event: int, waits: bool = True) -> None:
         super().__init__(memory, event)
         self._woken = False
+        os.set_blocking(event, waits)
 
     def take(self) -> list[bytes]:
         """Waits for messages and returns all that were counted. One thread only.
@@ -143,6 +149,19 @@ class RingReader(_Ring):
         count = os.eventfd_read(self.event)
         if self._woken:
             raise RingClosed
+        return self._take(count)
+
+    def take_what_is_there(self) -> list[bytes]:
+        """Like `take`, for a reader that does not wait: maybe nothing. One thread; any may `release` meanwhile."""
+        with self._lock:
+            if self._closed:
+                raise RingClosed
+            try:
+                return self._take(os.eventfd_read(self.event))
+            except BlockingIOError:
+                return []
+
+    def _take(self, count: int) -> list[bytes]:
         messages = [self._read() for _ in range(count)]
         _DONE.pack_into(self._view, 0, self._at)
         return messages

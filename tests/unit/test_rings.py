@@ -197,3 +197,16 @@ def test_an_error_of_ours_keeps_class_words_and_hint(kind: type[LiverankError]) 
 def test_an_unexpected_fault_crosses_without_its_words() -> None:
     came = unpack_error(unpack_answer(pack_refused(3, RuntimeError("secret"))).rest)
     assert not isinstance(came, LiverankError | NotFound) and "secret" not in str(came)
+
+
+def test_a_reader_that_does_not_wait_takes_what_is_there() -> None:
+    memory, event = new_ring(128)
+    writer, reader = RingWriter(memory, event), RingReader(os.dup(memory), os.dup(event), waits=False)
+    assert reader.take_what_is_there() == []
+    writer.put([b"a"])
+    writer.put([b"b"])
+    assert reader.take_what_is_there() == [b"a", b"b"]
+    assert reader.take_what_is_there() == []
+    reader.release()
+    with pytest.raises(RingClosed):
+        reader.take_what_is_there()
