@@ -218,12 +218,21 @@ def _measure(
 
 
 @njit(cache=True, nogil=True)
-def _put(buffer: NDArray[np.uint8], at: int, tag: int, value: int, width: int) -> int:
-    """Writes a tag and a little-endian fixed-width value; returns the next position."""
-    buffer[at] = np.uint8(tag)
-    for i in range(width):
-        buffer[at + 1 + i] = np.uint8((value >> (8 * i)) & 0xFF)
-    return at + 1 + width
+def _put4(entry: NDArray[np.uint8], tag: int, value: np.uint32) -> None:
+    """Writes a tag and a little-endian value of four bytes."""
+    entry[0] = np.uint8(tag)
+    entry[1] = np.uint8(value)
+    entry[2] = np.uint8(value >> np.uint32(8))
+    entry[3] = np.uint8(value >> np.uint32(16))
+    entry[4] = np.uint8(value >> np.uint32(24))
+
+
+@njit(cache=True, nogil=True)
+def _put8(entry: NDArray[np.uint8], tag: int, value: np.uint64) -> None:
+    """Writes a tag and a little-endian value of eight bytes."""
+    entry[0] = np.uint8(tag)
+    for i in range(8):
+        entry[1 + i] = np.uint8(value >> np.uint64(8 * i))
 
 
 @njit(cache=True, nogil=True)
@@ -240,21 +249,22 @@ def _write(
     offsets: NDArray[np.int64],
     buffer: NDArray[np.uint8],
 ) -> None:
+    # Into slices, at places that the compiler knows: with an offset added to each it would be several times slower.
     for b in range(counts.shape[0]):
         at = offsets[b]
         for place in range(counts[b]):
             slot = slots[b, place]
             length = np.int64(id_lengths[slot])
-            buffer[at] = 0x12
-            buffer[at + 1] = np.uint8(35 + length)
-            buffer[at + 2] = 0x0A
-            buffer[at + 3] = np.uint8(length)
-            at += 4
+            head = buffer[at : at + 4]
+            head[0], head[1], head[2], head[3] = 0x12, np.uint8(35 + length), 0x0A, np.uint8(length)
+            name, stream_id = buffer[at + 4 : at + 4 + length], ids[slot]
             for i in range(length):
-                buffer[at + i] = ids[slot, i]
-            at += length
-            at = _put(buffer, at, 0x15, np.int64(score_bits[b, place]), 4)
-            at = _put(buffer, at, 0x19, epochs[slot], 8)
-            at = _put(buffer, at, 0x21, verify_by_ms[slot], 8)
-            at = _put(buffer, at, 0x2D, np.int64(sources[b, place]), 4)
-            at = _put(buffer, at, 0x35, np.int64(exploration_bits[b, place]), 4)
+                name[i] = stream_id[i]
+            at += 4 + length
+            rest = buffer[at : at + 33]
+            _put4(rest, 0x15, score_bits[b, place])
+            _put8(rest[5:], 0x19, np.uint64(epochs[slot]))
+            _put8(rest[14:], 0x21, np.uint64(verify_by_ms[slot]))
+            _put4(rest[23:], 0x2D, sources[b, place])
+            _put4(rest[28:], 0x35, exploration_bits[b, place])
+            at += 33

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.exposures import count_exposures
 from server.admission.gate import Admission
 from server.applier import Applier
 from server.batching.base import Turn, Waiting, hand_out
@@ -35,7 +36,7 @@ from server.scoring.refresh import RefreshResult
 
 logger = logging.getLogger(__name__)
 
-Encoder = Callable[[SlateBatch, ReplyState, LiveTable, float], list[bytes]]
+Encoder = Callable[[SlateBatch, ReplyState, LiveTable, float], Sequence[bytes]]
 """Turns a ranked batch into one serialised RankResponse per request; the float is when it began, monotonic."""
 _BATCH_WEIGHT = 0.13
 """Of a batch in the mean of their times, a half-life of about 5: it follows load and ignores one slow batch."""
@@ -155,7 +156,7 @@ class Answerer:
     def _finish(self, on_its_way: OnItsWay) -> None:
         items, began_s = on_its_way.items, on_its_way.began_s
         with self._guarded(items):
-            replies: list[bytes] = []
+            replies: Sequence[bytes] = []
             if on_its_way.started is not None:
                 slates = self._pipeline.finish(on_its_way.started)
                 state = self.reply_state(quality=on_its_way.quality, by=slates.ranked_by)
@@ -166,7 +167,9 @@ class Answerer:
             self._admission.answered(items, began_s)
         self._batch_s += _BATCH_WEIGHT * (min(time.monotonic() - began_s, 0.1) - self._batch_s)
 
-    def _with_candidate(self, on_its_way: OnItsWay, by_candidate: NDArray[np.bool_], usual: list[bytes]) -> list[bytes]:
+    def _with_candidate(
+        self, on_its_way: OnItsWay, by_candidate: NDArray[np.bool_], usual: Sequence[bytes]
+    ) -> list[bytes]:
         """All replies in order: ``usual``, and between them those of the viewers ranked by the candidate.
 
         A fault in its ranking costs nobody a reply: the version in use answers, and the fault is held against it.
@@ -196,17 +199,16 @@ class Answerer:
     def _batch_of(self, queries: list[RankQuery]) -> QueryBatch:
         return build_batch(queries, self._table, self._streams.book, self._clock.now_ms())
 
-    def _encoded(self, slates: SlateBatch, state: ReplyState, began_s: float) -> list[bytes]:
+    def _encoded(self, slates: SlateBatch, state: ReplyState, began_s: float) -> Sequence[bytes]:
         """The replies, counted."""
         replies = self._encode(slates, state, self._table, began_s)
-        shown = slates.slots[slates.slots >= 0]
-        np.add.at(self._streams.exposures, shown, 1)
+        count_exposures(self._streams.exposures, slates.slots)
         self._recorder.ranked(slates, state.level.name.lower(), began_s)
         if self.on_served is not None:
             self._served.append((slates, state))
         return replies
 
-    def _hand_out(self, items: list[Waiting[RankQuery]], replies: list[bytes], began_s: float) -> None:
+    def _hand_out(self, items: list[Waiting[RankQuery]], replies: Sequence[bytes], began_s: float) -> None:
         self._recorder.waited(items, began_s)
         hand_out(items, replies)
         served, self._served = self._served, []

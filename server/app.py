@@ -243,7 +243,7 @@ class App:
         )
         self._ranking = RankingService(self.engine, self.gate, self.recorder, self.engine, self._embeddings)
         self._register()
-        self._calls = DirectServer(self._grpc, self._ranking.methods())
+        self._calls = DirectServer(self._grpc, self._ranking.methods(), self._ranking.outbox)
         self._drained = threading.Lock()
         self._stopping = threading.Event()
         self._stop_metrics: Callable[[], None] = lambda: None

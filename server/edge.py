@@ -79,7 +79,7 @@ class Edge:
         self._tell()
         self._embeddings = open_embeddings(settings, clock, recorder.embedding_looked_up)
         self._ranking = RankingService(self.link, self._gate, recorder, None, self._embeddings)
-        self._calls = DirectServer(self._grpc, self._ranking.methods())
+        self._calls = DirectServer(self._grpc, self._ranking.methods(), self._ranking.outbox)
         self._watching = threading.Thread(target=self._watch_health, name="engine-health", daemon=True)
         self._stop_metrics: Callable[[], None] = lambda: None
         self.port = self.metrics_port = 0

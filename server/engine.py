@@ -12,13 +12,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TypeVar
 
 import numpy as np
 
 from server.admission.gate import Admission
+from server.alarm import Alarm
 from server.answerer import Answerer, Encoder
 from server.applier import Applier, TableFault
 from server.batching.base import Answer, Priority, Waiting
@@ -86,7 +87,9 @@ class Engine:
         self._sweeps = Sweeps(table, features, streams, settings.scoring.refresh_ms)
         self._commit: CommitPath | None = None
         self._refresher: Refresher | None = None
-        self._wake = threading.Condition()
+        self._wake = Alarm()
+        self.gather: Callable[[], None] = _nothing
+        """Called on the engine thread whenever it looks for work: may `put` calls that wait elsewhere."""
         self._committed: deque[list[Committed]] = deque()
         self._results: deque[RefreshResult] = deque()
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
@@ -163,6 +166,19 @@ class Engine:
             self._wake.notify()
         return answers
 
+    def put(self, calls: Sequence[Waiting[RankQuery]]) -> int:
+        """Queues calls of one viewer each, as `rank` does; returns how many there was room for, the first ones.
+
+        Raises:
+            Draining: the engine has not started, or stops.
+        """
+        with self._wake:
+            self._check_open()
+            room = max(0, self.settings.serve.max_queue_rows - self._queue.rows)
+            self._queue.put(calls[:room], self.applier.offset)
+            self._wake.notify()
+        return min(room, len(calls))
+
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Runs ``function`` on the engine thread, between batches."""
         done: Future[T] = Future()
@@ -171,6 +187,14 @@ class Engine:
             self._calls.append((function, done))  # type: ignore[arg-type]
             self._wake.notify()
         return done
+
+    def watch(self, descriptor: int) -> None:
+        """From now on the engine `gather`s as soon as there is something to read from it. Raises ValueError."""
+        self._wake.watch(descriptor)
+
+    def forget(self, descriptor: int) -> None:
+        """Before a descriptor that is watched is closed."""
+        self._wake.forget(descriptor)
 
     def wake(self) -> None:
         """Something that the engine waits for has come. Any thread."""
@@ -224,8 +248,10 @@ class Engine:
         answerer = self.answerer
         while True:
             with self._wake:
+                self.gather()
                 while (idle_s := self._idle_s()) > 0:
                     self._wake.wait(idle_s)
+                    self.gather()
                 groups, self._committed = list(self._committed), deque()
                 results, self._results = list(self._results), deque()
                 calls, self._calls = list(self._calls), deque()

@@ -42,6 +42,7 @@ class Recorder:
         # Looked up once: `labels` costs more than the increment, and this runs per batch.
         stages = ("queue", "retrieve", "blend", "score", "select", "verify")
         self._stages = {stage: metrics.stage_seconds.labels(stage) for stage in stages}
+        self._rank = metrics.rank_seconds.labels()
         self._served_by = [metrics.source_served.labels(source.name) for source in SOURCES]
         self._proposed_by = [metrics.source_candidates.labels(source.name) for source in SOURCES]
         self.model_transport: Callable[[], str] = lambda: ""
@@ -130,10 +131,9 @@ class Recorder:
         m, times = self.metrics, slates.times
         for stage in ("retrieve", "blend", "select", "verify"):
             self._stages[stage].observe(getattr(times, f"{stage}_us") / 1e6)
-        now_s = time.monotonic()
-        for query in slates.batch.requests:
-            m.rank_seconds.observe(now_s - query.received_s)
-            self._stages["queue"].observe(max(0.0, started_s - query.received_s))
+        now_s, received_s = time.monotonic(), [query.received_s for query in slates.batch.requests]
+        self._rank.observe_all([now_s - came_s for came_s in received_s])
+        self._stages["queue"].observe_all([max(0.0, started_s - came_s) for came_s in received_s])
         m.batch_rows.observe(len(slates.batch))
         m.rank_requests.labels("ok", level).inc(len(slates.batch))
         if slates.ranked_by is not None:
@@ -146,8 +146,9 @@ class Recorder:
         if seen := int(slates.batch.seen.sum()):
             m.seen_excluded.inc(seen)
         for counts, children in ((tally.served, self._served_by), (tally.proposed, self._proposed_by)):
-            for count, child in zip(counts, children, strict=True):
-                child.inc(int(count))
+            for count, child in zip(counts.tolist(), children, strict=True):
+                if count:
+                    child.inc(count)
         self._drops(tally)
 
     def ranked_by_candidate(self, viewers: int) -> None:
@@ -196,8 +197,8 @@ class Recorder:
 
     def waited(self, items: Sequence[Waiting[Any]], begun_s: float) -> None:
         """These are ranked from ``begun_s`` on."""
-        for item in items:
-            self._waits[item.priority].observe(max(0.0, begun_s - item.arrived_s))
+        for priority, waits in self._waits.items():
+            waits.observe_all([max(0.0, begun_s - item.arrived_s) for item in items if item.priority is priority])
 
     def abandoned(self, viewers: int) -> None:
         """Callers went away before their turn."""

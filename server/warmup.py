@@ -16,7 +16,9 @@ from liverank.v1 import ingest_pb2 as pb
 from kernels.backend import CPU, Backend
 from kernels.event_arrow import COLUMNS, N_DESCRIBED, decode_columns, text_bytes
 from kernels.event_rows import pack_names
+from kernels.exposures import count_exposures
 from kernels.idmap import hash_ids, pack_ids
+from kernels.rings import lay_messages
 from kernels.unit import to_unit
 from server.clock import ManualClock
 from server.config import Settings
@@ -25,6 +27,7 @@ from server.live.event_checks import KIND_NAMES, KINDS
 from server.live.events import decode_batch, packed_currencies
 from server.live.features import FeatureSet
 from server.ranking.explain import explain
+from server.ranking.replies import Replies
 from server.ranking.slates import ReplyState
 from server.retrieval.query import RankQuery, build_batch
 from server.retrieval.registry import GPU_ENGINE_NAMES, make_engine, resolve_engine
@@ -94,9 +97,17 @@ def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, ba
     for batch_of in (_queries(settings, 1), _queries(settings, 9)):
         batch = build_batch(batch_of, table, book)
         for slates in (pipeline.rank(batch), pipeline.popular(batch)):
-            encode_replies(slates, state, table, 0.0)
+            count_exposures(streams.exposures, slates.slots)
+            _into_a_ring(encode_replies(slates, state, table, 0.0))
     explain(table, streams, features, pipeline, _queries(settings, 1)[0], "s1", 0)
     to_unit(np.ones(settings.table.embedding_dim, np.float32))  # of the first request that brings an embedding
+
+
+def _into_a_ring(replies: Replies) -> None:
+    """As for an edge."""
+    which, heads = np.arange(len(replies)), np.zeros((len(replies), 1), np.uint8)
+    common = np.frombuffer(replies.common, np.uint8)
+    lay_messages(np.zeros(8, np.uint8), 0, 0, heads, common, replies.streams, replies.offsets, which)
 
 
 def _compile_columns(settings: Settings) -> None:

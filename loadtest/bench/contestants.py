@@ -82,7 +82,7 @@ def our_settings(streams: int) -> dict[str, dict[str, object]]:
             "tombstone_ms": 3 * OLDEST_MS,
         },
         "scoring": {"mode": "local"},
-        "admission": {"target_ms": 60_000},
+        "admission": {"target_ms": 60_000, "target_wait_ms": 60_000},
     }
 
 

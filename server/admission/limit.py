@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 ROUND_MS = 100.0
 _LEAST_CUT = 0.5
+_ROUNDS_TO_CUT = 2
+_QUICK_GROWTH = 0.25
 
 
 class AdaptiveLimit:
@@ -15,8 +17,11 @@ class AdaptiveLimit:
     A cut is in proportion to how far the wait is above its target, by half at most, and starts from what was
     really in flight (RFC 5681: FlightSize), however high the limit then was. It never goes below what Little's
     law gives for the target at the present rate: waits of requests that came before a cut would else cut again.
-    The limit grows only when it was reached. Waiting for the batch in hand is no sign of overload, so the time
-    that a batch takes is added to the target; a limit below a batch's rows would only make batches less worth it.
+    One round above the target is no overload but a stall, after which nobody waits any more: a cut takes two in a row.
+    The limit grows only when it was reached; by a quarter while requests wait at most half of the target, for by
+    Little's law twice as many would still wait no longer than that: what a cut took too much is soon there again.
+    Waiting for the batch in hand is no sign of overload, so the time that a batch takes is added to the target; a
+    limit below a batch's rows would only make batches less worth it.
     Sources: Chiu and Jain, "Analysis of the Increase and Decrease Algorithms", 1989 (AIMD); Netflix
     concurrency-limits, Gradient (the cut); Zhou et al., "Overload Control for Scaling WeChat Microservices",
     SoCC 2018 (queueing time, not response time, as the signal: that rises with a request's own work, too).
@@ -33,6 +38,7 @@ class AdaptiveLimit:
         self.value = float(most)
         self._begun_s = clock()
         self._samples, self._sum_ms, self._batches_ms, self._peak = 0, 0.0, 0.0, 0
+        self._rounds_above = 0
 
     def in_flight(self, count: int) -> None:
         """So many are in the server now."""
@@ -52,8 +58,10 @@ class AdaptiveLimit:
         self._samples, self._sum_ms, self._batches_ms, self._peak = 0, 0.0, 0.0, 0
 
     def _judge(self, wait_ms: float, target_ms: float, served_per_ms: float) -> None:
-        if wait_ms > target_ms:
+        self._rounds_above = self._rounds_above + 1 if wait_ms > target_ms else 0
+        if self._rounds_above >= _ROUNDS_TO_CUT:
             cut = min(self.value, self._peak) * max(_LEAST_CUT, target_ms / wait_ms)
             self.value = min(self.value, max(self._least, served_per_ms * target_ms, cut))
-        elif self._peak >= self.value:
-            self.value = min(self._most, self.value + max(1.0, math.sqrt(self.value) / 4))
+        elif not self._rounds_above and self._peak >= self.value:
+            quick = _QUICK_GROWTH * self.value if wait_ms <= target_ms / 2 else 0.0
+            self.value = min(self._most, self.value + max(1.0, math.sqrt(self.value) / 4, quick))

@@ -35,14 +35,22 @@ class Answer(Protocol):
     def set_exception(self, error: BaseException, /) -> None: ...
 
 
-@dataclass(eq=False)
+class Tray(Protocol):
+    """Where many answers go at once: all that one batch has for one edge."""
+
+    def fill(self, answers: Sequence[Any], replies: Sequence[Any], rows: Sequence[int]) -> None:
+        """Resolves each of ``answers``, of one row each, with the reply of its row."""
+
+
+@dataclass(eq=False, slots=True)
 class Waiting(Generic[T]):
     """A call, or a part of a large one.
 
     rows: what is to be ranked, one per viewer, at least one. client: who asks; fairness is between clients.
     arrived_s, deadline_s: on the queue's clock. min_offset: not ranked before the table has applied it; the queue
     moves arrived_s to when it was.
-    done: resolves to one reply per row; cancelled by a caller who stops waiting.
+    done: resolves to one reply per row; cancelled by a caller who stops waiting. tray: takes its reply, together with
+    those of others; only for one row.
     """
 
     rows: Sequence[T]
@@ -52,6 +60,7 @@ class Waiting(Generic[T]):
     deadline_s: float
     min_offset: int
     done: Answer
+    tray: Tray | None = None
     gone: bool = field(default=False, init=False)
     """It left the queue; owned by the queue."""
 
@@ -80,7 +89,17 @@ class Turn(Generic[T]):
 
 def hand_out(items: Sequence[Waiting[T]], replies: Sequence[Any]) -> None:
     """Resolves each with its part of ``replies``, which are those of all rows, in order."""
+    trays: dict[Tray, tuple[list[Answer], list[int]]] = {}
     at = 0
     for item in items:
-        item.done.set_result(replies[at : at + len(item)])
+        if item.tray is None:
+            item.done.set_result(replies[at : at + len(item)])
+        else:
+            if item.tray not in trays:
+                trays[item.tray] = ([], [])
+            answers, rows = trays[item.tray]
+            answers.append(item.done)
+            rows.append(at)
         at += len(item)
+    for tray, (answers, rows) in trays.items():
+        tray.fill(answers, replies, rows)

@@ -7,18 +7,19 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from server.admission.gate import Admission
 from server.batching.base import Answer, Priority, Waiting
 from server.config import Settings
-from server.edges.records import AnswerKind, pack_ask, pack_leave, unpack_answer, unpack_error
+from server.edges.records import AnswerKind, Asks, Reply, pack_leave, unpack_answer, unpack_error
 from server.edges.ring import RingClosed, RingReader, RingWriter, new_ring
 from server.errors import Draining
+from server.ranking.replies import head_of
 from server.retrieval.query import RankQuery
 
 logger = logging.getLogger(__name__)
@@ -28,13 +29,7 @@ A = TypeVar("A", bound=Answer)
 ASKS_BYTES, ANSWERS_BYTES = 8 << 20, 32 << 20
 """Room in the rings; more than fits is refused there, and cut off here."""
 RETRY_S = 0.05
-HELLO = b"liverank-edge/1"
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    answer: Answer
-    waiting: Waiting[RankQuery]
+HELLO = b"liverank-edge/2"
 
 
 class EngineLink:
@@ -53,7 +48,8 @@ class EngineLink:
         self._path, self._on_change = path, on_change
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._pending: dict[int, _Pending] = {}
+        self._packing = Asks()
+        self._pending: dict[int, Waiting[RankQuery]] = {}  # of one viewer each
         self._asks: RingWriter | None = None
         self.surfaces: frozenset[str] | None = None
         """Names that a request may give, as the engine told them last."""
@@ -77,8 +73,8 @@ class EngineLink:
         self._thread.join()
 
     @property
-    def waiting(self) -> int:
-        """Calls that the engine has."""
+    def queued_rows(self) -> int:
+        """Viewers that the engine has."""
         return len(self._pending)
 
     def rank(
@@ -95,28 +91,37 @@ class EngineLink:
             Overloaded: there is no room left on the way to the engine. Draining: there is no engine.
         """
         assert arrived_s is not None
-        answers = [answer() for _ in queries]
-        numbers = [next(self._numbers) for _ in queries]
+        calls = [
+            Waiting([query], client, priority, arrived_s, query.deadline_s, query.min_offset, answer())
+            for query in queries
+        ]
+        written = self.put(calls)
+        answers: list[A] = [call.done for call in calls]  # type: ignore[misc]
+        if written < len(calls):
+            for one in answers[:written]:
+                one.cancel()
+            raise self.admission.full(len(self._pending), priority)
+        return answers
+
+    def put(self, calls: Sequence[Waiting[RankQuery]]) -> int:
+        """See `server.engine.Engine.put`."""
+        numbers = [next(self._numbers) for _ in calls]
         messages = [
-            pack_ask(number, client, priority, arrived_s, query) for number, query in zip(numbers, queries, strict=True)
+            self._packing.pack(number, call.client, call.priority, call.arrived_s, call.rows[0])
+            for number, call in zip(numbers, calls, strict=True)
         ]
         with self._lock:
             if self._asks is None:
                 raise Draining("the engine is being restarted")
-            for number, query, one in zip(numbers, queries, answers, strict=True):
-                waiting = Waiting([query], client, priority, arrived_s, query.deadline_s, query.min_offset, one)
-                self._pending[number] = _Pending(one, waiting)
+            self._pending.update(zip(numbers, calls, strict=True))
             written = self._asks.put(messages)
             for number in numbers[written:]:
                 del self._pending[number]
-        if written < len(messages):
-            self._leave(numbers[:written])
-            raise self.admission.full(len(self._pending), priority)
-        for number, one in zip(numbers, answers, strict=True):
-            one.add_done_callback(lambda done, number=number: self._left(done, number))  # type: ignore[attr-defined]
-        return answers
+        for number, call in zip(numbers[:written], calls, strict=False):
+            call.done.add_done_callback(partial(self._left, number))  # type: ignore[attr-defined]
+        return written
 
-    def _left(self, done: Answer, number: int) -> None:
+    def _left(self, number: int, done: Answer) -> None:
         if done.cancelled():
             self._leave([number])
 
@@ -170,33 +175,41 @@ class EngineLink:
                 reading.join()
             asks.release()
             answers.release()
-            for pending in lost:
-                if pending.answer.set_running_or_notify_cancel():
-                    pending.answer.set_exception(Draining("the engine went away; it is being restarted"))
+            for call in lost:
+                if call.done.set_running_or_notify_cancel():
+                    call.done.set_exception(Draining("the engine went away; it is being restarted"))
             if not self._stopping.is_set():
                 logger.error("the engine is gone; %d calls were with it", len(lost))
 
     def _read_answers(self, answers: RingReader) -> None:
         try:
             while True:
-                for message in answers.take():
-                    self._hand_out(*unpack_answer(message))
+                self._hand_out([unpack_answer(message) for message in answers.take()])
         except RingClosed as closed:
             if closed.args:
                 logger.error("answers from the engine: %s", closed)
 
-    def _hand_out(self, number: int, begun_s: float, kind: AnswerKind, rest: bytes) -> None:
+    def _hand_out(self, replies: list[Reply]) -> None:
+        """Answers all that came with one wake-up."""
         with self._lock:
-            pending = self._pending.pop(number, None)
-        if pending is None:  # it left
-            return
-        if kind is AnswerKind.GONE:
-            pending.answer.cancel()
-            return
-        if not pending.answer.set_running_or_notify_cancel():
-            return
-        if kind is AnswerKind.REPLY:
-            self.admission.answered([pending.waiting], begun_s)
-            pending.answer.set_result([rest])
-        else:
-            pending.answer.set_exception(unpack_error(rest))
+            calls = [self._pending.pop(reply.number, None) for reply in replies]
+        ranked: dict[float, list[Waiting[RankQuery]]] = {}  # by when their batch began
+        answered: list[tuple[Waiting[RankQuery], Reply]] = []
+        for call, reply in zip(calls, replies, strict=True):
+            if call is None:  # it left
+                continue
+            if reply.kind is AnswerKind.GONE:
+                call.done.cancel()
+            elif call.done.set_running_or_notify_cancel():
+                answered.append((call, reply))
+                if reply.kind is not AnswerKind.REFUSED:
+                    ranked.setdefault(reply.begun_s, []).append(call)
+        for begun_s, together in ranked.items():
+            self.admission.answered(together, begun_s)
+        for call, reply in answered:
+            if reply.kind is AnswerKind.REFUSED:
+                call.done.set_exception(unpack_error(reply.rest))
+            elif reply.kind is AnswerKind.HEADLESS:
+                call.done.set_result([head_of(call.rows[0], reply.begun_s, reply.seen) + reply.rest])
+            else:
+                call.done.set_result([reply.rest])

@@ -14,11 +14,14 @@ import struct
 import threading
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.rings import SKIP, lay_messages
+
 HEADER_BYTES = 64
 _LENGTH = struct.Struct("<q")
 _DONE = struct.Struct("<Q")
-_SKIP = -1
-"""In place of a length: the next message begins at the start of the ring."""
 
 
 class RingClosed(Exception):
@@ -46,13 +49,24 @@ class _Ring:
                 return
             self._closed = True
             self._view.release()
+            self._let_go()
             self._map.close()
             os.close(self.memory)
             os.close(self.event)
 
+    def _let_go(self) -> None:
+        """Of what else refers to the memory."""
+
 
 class RingWriter(_Ring):
     """The end that writes."""
+
+    def __init__(self, memory: int, event: int) -> None:
+        super().__init__(memory, event)
+        self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8, offset=HEADER_BYTES)
+
+    def _let_go(self) -> None:
+        self._bytes = None
 
     def put(self, messages: Sequence[bytes]) -> int:
         """Writes as many of ``messages`` as fit, in order, and tells the reader; returns how many. Any thread.
@@ -74,6 +88,25 @@ class RingWriter(_Ring):
                 os.eventfd_write(self.event, written)
             return written
 
+    def put_rows(
+        self,
+        heads: NDArray[np.uint8],
+        common: bytes,
+        rows: NDArray[np.uint8],
+        offsets: NDArray[np.int64],
+        which: NDArray[np.int64],
+    ) -> int:
+        """Like `put`, for messages that lie in columns; arguments as of `kernels.rings.lay_messages`. Any thread."""
+        with self._lock:
+            if self._closed or self._bytes is None:
+                raise RingClosed
+            (done,) = _DONE.unpack_from(self._view, 0)
+            shared = np.frombuffer(common, np.uint8)
+            self._at, written = lay_messages(self._bytes, self._at, done, heads, shared, rows, offsets, which)
+            if written:
+                os.eventfd_write(self.event, written)
+            return written
+
     def _write(self, message: bytes) -> bool:
         need = 8 + (len(message) + 7 & ~7)
         place = self._at % self.capacity_bytes
@@ -82,7 +115,7 @@ class RingWriter(_Ring):
         if self._at + skipped + need - done > self.capacity_bytes:
             return False
         if skipped:
-            _LENGTH.pack_into(self._view, HEADER_BYTES + place, _SKIP)
+            _LENGTH.pack_into(self._view, HEADER_BYTES + place, SKIP)
             self._at += skipped
             place = 0
         at = HEADER_BYTES + place
@@ -93,11 +126,17 @@ class RingWriter(_Ring):
 
 
 class RingReader(_Ring):
-    """The end that reads."""
+    """The end that reads.
 
-    def __init__(self, memory: int, event: int) -> None:
+    Args:
+        waits: whether it has a thread of its own, which waits in `take`; else somebody waits for ``event``, and then
+            calls `take_what_is_there`.
+    """
+
+    def __init__(self, memory: int, event: int, waits: bool = True) -> None:
         super().__init__(memory, event)
         self._woken = False
+        os.set_blocking(event, waits)
 
     def take(self) -> list[bytes]:
         """Waits for messages and returns all that were counted. One thread only.
@@ -110,6 +149,19 @@ class RingReader(_Ring):
         count = os.eventfd_read(self.event)
         if self._woken:
             raise RingClosed
+        return self._take(count)
+
+    def take_what_is_there(self) -> list[bytes]:
+        """Like `take`, for a reader that does not wait: maybe nothing. One thread; any may `release` meanwhile."""
+        with self._lock:
+            if self._closed:
+                raise RingClosed
+            try:
+                return self._take(os.eventfd_read(self.event))
+            except BlockingIOError:
+                return []
+
+    def _take(self, count: int) -> list[bytes]:
         messages = [self._read() for _ in range(count)]
         _DONE.pack_into(self._view, 0, self._at)
         return messages
@@ -117,7 +169,7 @@ class RingReader(_Ring):
     def _read(self) -> bytes:
         place = self._at % self.capacity_bytes
         (length,) = _LENGTH.unpack_from(self._view, HEADER_BYTES + place)
-        if length == _SKIP:
+        if length == SKIP:
             self._at += self.capacity_bytes - place
             place = 0
             (length,) = _LENGTH.unpack_from(self._view, HEADER_BYTES)

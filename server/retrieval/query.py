@@ -16,10 +16,11 @@ from server.rules.rulebook import SURFACE_FIELDS, RuleBook
 from server.viewers.table import ViewerTable
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RankQuery:
-    """A checked request. ``embedding`` float32[D] or None; ``deadline_s`` on the monotonic clock.
+    """A checked request; nobody changes it. (Frozen, making one would cost several times as much.)
 
+    ``embedding`` float32[D] or None; ``deadline_s`` on the monotonic clock.
     embedding_problem: why an embedding that should have been looked up is not there; "" where nothing failed.
     """
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import grpc
 
-from server.batching.base import Priority
+from server.batching.base import Priority, Waiting
 from server.errors import ConfigError
+from server.rpc.outbox import Outbox
 
 try:
     from grpc import _server as stock
@@ -203,12 +204,14 @@ class DirectServer:
     Args:
         server: not started; everything else is registered with it as usual, interceptors included.
         methods: by full name, "/package.Service/Method". Interceptors do not see them.
+        outbox: what handlers leave there is handed on when no further call waits to be read.
 
     Raises:
         ConfigError: this grpcio lacks what is needed.
     """
 
-    def __init__(self, server: grpc.Server, methods: dict[str, DirectMethod]) -> None:
+    def __init__(self, server: grpc.Server, methods: dict[str, DirectMethod], outbox: Outbox | None = None) -> None:
+        self._outbox = outbox
         self._server, self._methods = server, {name.encode(): method for name, method in methods.items()}
         wanted: tuple[tuple[object, str], ...] = (
             (server, "_state"),
@@ -239,13 +242,18 @@ class DirectServer:
     def _serve(self) -> None:
         state, queue = self._state, self._state.completion_queue
         timeout, arrival, methods = cygrpc.CompletionType.queue_timeout, stock._REQUEST_CALL_TAG, self._methods
+        outbox = Outbox(_nowhere) if self._outbox is None else self._outbox
         while True:
-            event = queue.poll(time.time() + _POLL_S)
+            if outbox.calls and outbox.due:
+                outbox.flush()
+            event = queue.poll(0.0 if outbox.calls else time.time() + _POLL_S)
             if event.completion_type == timeout:
+                outbox.flush()
                 continue
             if event.tag is arrival and event.success and event.call_details.method in methods:
                 self._arrived(event)
             elif not stock._process_event_and_continue(state, event):
+                outbox.flush()
                 return
             event = None  # what holds a call that is over must not be kept while polling
 
@@ -266,3 +274,6 @@ class DirectServer:
             call.turn_away(refusal)
         else:
             call.begin(method.handle)
+
+
+def _nowhere(_: list[Waiting[Any]]) -> None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
 from dataclasses import replace
 from functools import partial
@@ -15,13 +15,14 @@ from liverank.v1 import ranking_pb2 as pb
 
 from kernels.wire import frame_messages
 from server.admission.gate import Admission
-from server.batching.base import Answer, Priority
+from server.batching.base import Answer, Priority, Waiting
 from server.config import Settings
-from server.errors import InvalidRequest, NotFound
+from server.errors import InvalidRequest, LiverankError, NotFound
 from server.recorder import Recorder
 from server.retrieval.query import RankQuery
 from server.rpc.decode import check_stream_id, decode_rank
 from server.rpc.direct import Call, DirectMethod, Refusal
+from server.rpc.outbox import Outbox
 from server.rpc.status import CallerGone, verdict
 from server.rpc.turnstile import Handler, Turnstile
 from server.security.access import Identity
@@ -62,6 +63,13 @@ class RankPort(Protocol):
     ) -> list[A]:
         """See `server.engine.Engine.rank`."""
 
+    def put(self, calls: Sequence[Waiting[RankQuery]]) -> int:
+        """See `server.engine.Engine.put`."""
+
+    @property
+    def queued_rows(self) -> int:
+        """Viewers that wait to be ranked."""
+
 
 class RankingService:
     """Nothing waits here: what is queued knows which call it answers.
@@ -81,6 +89,8 @@ class RankingService:
     ) -> None:
         self._port, self._gate, self._recorder, self._engine = port, gate, recorder, engine
         self._embeddings = embeddings
+        self.outbox = Outbox(self._put)
+        """Calls of Rank that the polling thread has read and the engine has not yet."""
         # Thousands of viewers take tens of milliseconds to decode, and Explain waits for the engine.
         self._pool = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="rank-batch")
         self._lookups = None if embeddings is None else ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="rank")
@@ -109,10 +119,26 @@ class RankingService:
         port = self._port
         query = decode_rank(request, port.settings, port.surfaces, _deadline_s(call))
         answer = RankAnswer(call, self._recorder)
-        port.rank(self._with_embeddings([query]), call.peer(), priority, call.arrived_s, lambda: answer)
+        rows = self._with_embeddings([query])
+        waiting = Waiting(rows, call.peer(), priority, call.arrived_s, query.deadline_s, query.min_offset, answer)
+        if self._lookups is None:
+            self.outbox.add(waiting)
+        else:  # on a thread of its own
+            self._put([waiting])
         call.on_gone = answer.cancel
         if call.ended:  # it left in between
             answer.cancel()
+
+    def _put(self, calls: list[Waiting[RankQuery]]) -> None:
+        """Queues calls of Rank; those that find no room are refused."""
+        try:
+            taken = self._port.put(calls)
+        except LiverankError as error:
+            for call in calls:
+                call.done.set_exception(error)
+            return
+        for call in calls[taken:]:
+            call.done.set_exception(self._port.admission.full(self._port.queued_rows, call.priority))
 
     def _rank_batch(self, request: pb.RankBatchRequest, call: Call, priority: Priority, identity: Identity) -> None:
         requests = request.requests

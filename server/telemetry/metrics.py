@@ -8,6 +8,8 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from server.telemetry.distribution import Distribution
+
 _SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -17,14 +19,14 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
-        self.stage_seconds = Histogram(
+        self.stage_seconds = Distribution(
             "liverank_stage_seconds",
             "Wall time of a stage of one rank batch",
             ["stage"],
             buckets=_SECONDS,
             registry=r,
         )
-        self.rank_seconds = Histogram(
+        self.rank_seconds = Distribution(
             "liverank_rank_seconds", "Rank: request decoded to reply encoded", buckets=_SECONDS, registry=r
         )
         self.batch_rows = Histogram(
@@ -232,7 +234,7 @@ class Metrics:
         self.snapshot_bytes = Gauge("liverank_snapshot_bytes", "Size of the newest snapshot", registry=r)
         self.snapshot_offset = Gauge("liverank_snapshot_offset", "Log offset of the newest snapshot", registry=r)
         self.queue_rows = Gauge("liverank_queue_rows", "Viewers waiting to be ranked", registry=r)
-        self.queue_wait_seconds = Histogram(
+        self.queue_wait_seconds = Distribution(
             "liverank_queue_wait_seconds", "Rank: call received to its batch begun", ["priority"],
             buckets=_SECONDS, registry=r,
         )  # fmt: skip

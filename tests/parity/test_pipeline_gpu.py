@@ -77,7 +77,7 @@ def assert_same_replies(worlds: Worlds, host: SlateBatch, device: SlateBatch) ->
     # The device's bytes are what the host writes of the device's own slates.
     times = replace(device, times=host.times)
     again = encode_replies(replace(times, wire=None), STATE, worlds.device.table, 0.0)
-    assert encode_replies(times, STATE, worlds.device.table, 0.0) == again
+    assert list(encode_replies(times, STATE, worlds.device.table, 0.0)) == list(again)
 
 
 @pytest.mark.parametrize(("streams", "viewers"), [(150, 5), (40, 1)])

@@ -80,7 +80,33 @@ def judged(
 
 def test_the_first_cut_starts_from_what_was_in_flight_not_from_a_limit_nobody_reached() -> None:
     time = Time()
-    assert judged(AdaptiveLimit(50.0, 8, 4096, time), time, peak=100, wait_ms=62.5) == pytest.approx(80.0)
+    limit = AdaptiveLimit(50.0, 8, 4096, time)
+    judged(limit, time, peak=300, wait_ms=62.5)
+    assert judged(limit, time, peak=100, wait_ms=62.5) == pytest.approx(80.0)
+
+
+def test_a_single_stall_cuts_nothing_and_two_bad_rounds_in_a_row_do() -> None:
+    time = Time()
+    limit = AdaptiveLimit(50.0, 8, 128, time)
+    for _ in range(5):
+        assert judged(limit, time, peak=64, wait_ms=300.0) == 128.0
+        assert judged(limit, time, peak=64, wait_ms=10.0) == 128.0
+    judged(limit, time, peak=64, wait_ms=300.0)
+    assert judged(limit, time, peak=64, wait_ms=300.0) == 32.0
+
+
+def test_what_a_cut_took_too_much_is_back_in_half_a_second() -> None:
+    time = Time()
+    limit = AdaptiveLimit(50.0, 8, 128, time)
+    for _ in range(2):
+        judged(limit, time, peak=64, wait_ms=300.0)
+    assert limit.value == 32.0
+    for _ in range(4):
+        judged(limit, time, peak=64, wait_ms=20.0)
+    assert limit.value >= 64.0
+    before = limit.value
+    judged(limit, time, peak=128, wait_ms=40.0)
+    assert limit.value < before + 3, "near the target it grows slowly"
 
 
 def test_waits_from_before_a_cut_do_not_cut_below_what_the_rate_can_serve_in_time() -> None:
@@ -94,16 +120,19 @@ def test_waits_from_before_a_cut_do_not_cut_below_what_the_rate_can_serve_in_tim
 def test_a_limit_that_is_not_reached_does_not_grow_and_one_that_is_does() -> None:
     time = Time()
     limit = AdaptiveLimit(50.0, 8, 4096, time)
+    judged(limit, time, peak=16, wait_ms=100.0)
     cut = judged(limit, time, peak=16, wait_ms=100.0)
     assert cut == 8.0
     assert judged(limit, time, peak=7, wait_ms=1.0) == cut
-    assert judged(limit, time, peak=8, wait_ms=1.0) == cut + 1
+    assert judged(limit, time, peak=8, wait_ms=40.0) == cut + 1
+    assert judged(limit, time, peak=9, wait_ms=1.0) == (cut + 1) * 1.25
 
 
 def test_waiting_for_the_batch_in_hand_is_no_overload() -> None:
     time = Time()
     limit = AdaptiveLimit(50.0, 8, 100, time)
     assert judged(limit, time, peak=40, wait_ms=150.0, batch_ms=120.0) == 100
+    judged(limit, time, peak=40, wait_ms=200.0, batch_ms=110.0)
     assert judged(limit, time, peak=40, wait_ms=200.0, batch_ms=110.0) == pytest.approx(32.0)
 
 
@@ -176,9 +205,10 @@ class Gate:
 
     def to_floor(self, limit: int) -> None:
         """Overloads it until quality is at its floor and the limit at about ``limit``."""
-        self.call(interactive=round(limit / 0.8) - 1)
         wait_ms = (self.settings.target_wait_ms + 1_000) / 0.8
-        self.answer(wait_ms + 1_000, calls=8, wait_ms=wait_ms)
+        for _ in range(2):  # rounds
+            self.call(interactive=round(limit / 0.8) - 1)
+            self.answer(wait_ms + 1_000, calls=8, wait_ms=wait_ms)
         assert self.admission.quality == self.settings.quality_floor
         assert self.admission.limit == pytest.approx(limit, abs=1)
 

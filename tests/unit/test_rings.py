@@ -17,13 +17,13 @@ import server.errors
 from server.batching.base import Priority
 from server.edges.records import (
     AnswerKind,
-    pack_ask,
+    Asks,
     pack_gone,
     pack_leave,
     pack_refused,
     pack_reply,
+    reply_heads,
     unpack_answer,
-    unpack_ask,
     unpack_error,
 )
 from server.edges.ring import HEADER_BYTES, RingClosed, RingReader, RingWriter, new_ring
@@ -75,6 +75,27 @@ def test_a_reader_that_is_woken_or_reads_no_message_says_so() -> None:
     writer.release()
     with pytest.raises(RingClosed):
         writer.put([b"x"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.binary(max_size=60), min_size=1, max_size=6), max_size=40), st.binary(max_size=30))
+def test_rows_of_columns_come_out_as_messages_however_the_ring_wraps(groups: list[list[bytes]], common: bytes) -> None:
+    writer, reader = pair(256)
+    for group in groups:
+        rows = np.frombuffer(b"".join(group), np.uint8)
+        offsets = np.cumsum([0, *map(len, group)], dtype=np.int64)
+        which = np.arange(len(group))[::-1].copy()
+        heads = np.arange(2 * len(group), dtype=np.uint8).reshape(-1, 2)
+        wanted = [bytes(head) + common + group[row] for head, row in zip(heads, which, strict=True)]
+        while wanted:
+            wrote = writer.put_rows(heads, common, rows, offsets, which)
+            assert wrote
+            assert reader.take() == wanted[:wrote]
+            wanted, heads, which = wanted[wrote:], heads[wrote:], which[wrote:]
+    writer.release()
+    reader.release()
+    with pytest.raises(RingClosed):
+        writer.put_rows(np.zeros((0, 2), np.uint8), b"", np.zeros(0, np.uint8), np.zeros(1, np.int64), np.zeros(0, int))
 
 
 def _echo(asks: tuple[int, int], answers: tuple[int, int], count: int) -> None:
@@ -133,7 +154,7 @@ queries = st.builds(
 
 @given(queries, st.integers(1, 2**63), texts, st.sampled_from(Priority))
 def test_a_request_is_the_same_on_the_other_side(query: RankQuery, number: int, client: str, first: Priority) -> None:
-    ask = unpack_ask(pack_ask(number, client, first, 1.5, query))
+    ask = Asks().unpack(Asks().pack(number, client, first, 1.5, query))
     assert (ask.number, ask.client, ask.priority, ask.arrived_s) == (number, client, first, 1.5)
     assert ask.query is not None
     for name in RankQuery.__dataclass_fields__:
@@ -145,9 +166,15 @@ def test_a_request_is_the_same_on_the_other_side(query: RankQuery, number: int, 
 
 
 def test_leaving_and_answers_are_the_same_on_the_other_side() -> None:
-    assert unpack_ask(pack_leave(7)).number == 7 and unpack_ask(pack_leave(7)).query is None
-    assert unpack_answer(pack_reply(8, 2.5, b"reply")) == (8, 2.5, AnswerKind.REPLY, b"reply")
-    assert unpack_answer(pack_gone(9))[::2] == (9, AnswerKind.GONE)
+    left = Asks().unpack(pack_leave(7))
+    assert left.number == 7 and left.query is None
+    assert unpack_answer(pack_reply(8, 2.5, b"reply")) == (8, 2.5, AnswerKind.REPLY, False, b"reply")
+    assert unpack_answer(pack_gone(9))[::2] == (9, AnswerKind.GONE, b"")
+    heads = reply_heads([10, 11], 2.5, np.array([False, True]))
+    assert [unpack_answer(head.tobytes() + b"rest") for head in heads] == [
+        (10, 2.5, AnswerKind.HEADLESS, False, b"rest"),
+        (11, 2.5, AnswerKind.HEADLESS, True, b"rest"),
+    ]
 
 
 def all_errors(base: type[LiverankError]) -> list[type[LiverankError]]:
@@ -161,12 +188,25 @@ def test_an_error_of_ours_keeps_class_words_and_hint(kind: type[LiverankError]) 
     error = kind("field", "problem") if issubclass(kind, InvalidRequest) else kind("problem")
     if isinstance(error, Overloaded):
         error.retry_ms = 123
-    number, _, refused, rest = unpack_answer(pack_refused(3, error))
+    number, _, refused, _, rest = unpack_answer(pack_refused(3, error))
     came = unpack_error(rest)
     assert (number, refused, type(came), str(came)) == (3, AnswerKind.REFUSED, kind, str(error))
     assert getattr(came, "retry_ms", 0) == getattr(error, "retry_ms", 0)
 
 
 def test_an_unexpected_fault_crosses_without_its_words() -> None:
-    came = unpack_error(unpack_answer(pack_refused(3, RuntimeError("secret")))[3])
+    came = unpack_error(unpack_answer(pack_refused(3, RuntimeError("secret"))).rest)
     assert not isinstance(came, LiverankError | NotFound) and "secret" not in str(came)
+
+
+def test_a_reader_that_does_not_wait_takes_what_is_there() -> None:
+    memory, event = new_ring(128)
+    writer, reader = RingWriter(memory, event), RingReader(os.dup(memory), os.dup(event), waits=False)
+    assert reader.take_what_is_there() == []
+    writer.put([b"a"])
+    writer.put([b"b"])
+    assert reader.take_what_is_there() == [b"a", b"b"]
+    assert reader.take_what_is_there() == []
+    reader.release()
+    with pytest.raises(RingClosed):
+        reader.take_what_is_there()
