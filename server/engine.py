@@ -143,6 +143,7 @@ class Engine:
         self._in_hand: list[Answer] = []  # taken from the queues in this turn of the loop
         self._touched: list[NDArray[np.int32]] = []
         self._next_tick_s = 0.0
+        self._view_ticks = 0  # that the present view is old
         self._next_refresh_ms = 0
         self._sweep = Sweep.begin(table, features)
         self._batch_s = 0.0
@@ -422,7 +423,9 @@ class Engine:
             self.streams.assess(np.unique(np.concatenate(self._touched)), now_ms)
             self._touched.clear()
         self._refresh_scores(now_ms)
-        self.take_snapshot(now_ms)
+        self._view_ticks += 1
+        if self._view_ticks >= round(1 / self.admission.quality):  # building views is what every tick costs anew
+            self.take_snapshot(now_ms)
         self._recorder.ticked(self.table, self.streams, expired, self._queue.rows, time.perf_counter() - started)
         self._recorder.admitted(self.admission.quality, self.admission.limit)
         state = self.reply_state()
@@ -447,7 +450,8 @@ class Engine:
         self.on_rules()
 
     def take_snapshot(self, now_ms: int) -> None:
-        """Begins a new tick's view of the table."""
+        """Begins a new view of the table: every tick, but less often while quality is low."""
+        self._view_ticks = 0
         before = self.pipeline.snapshot
         self.pipeline.snapshot = Snapshot(self.table, self.streams, before.settings, now_ms, before.trend_order)
 
@@ -459,7 +463,7 @@ class Engine:
                 return
             self._next_refresh_ms = now_ms + self.settings.scoring.refresh_ms
             self._sweep = Sweep.begin(self.table, self.features)
-        self._sweep.step(self.streams, now_ms)
+        self._sweep.step(self.streams, now_ms, self.admission.quality)
         if self._sweep.finished:
             # Not taken while the last job still runs: the next sweep brings newer rows anyway.
             self._refresher.submit(self._sweep.job(self.table, now_ms))
