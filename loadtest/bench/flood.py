@@ -43,6 +43,8 @@ from loadtest.faults.http2 import (
 )
 
 STEP_S = 0.002
+AFTER_S = 0.25
+"""How long after its time a flood may still send what it could not send in time."""
 CONNECTIONS = 2
 TIMEOUT_S = 5.0
 """Every call's deadline; told to the server, too."""
@@ -239,7 +241,7 @@ class Flooder:
         found.__init__()  # type: ignore[misc]
         planned, sent, worst_s = round(rate_per_s * seconds), 0, 0.0
         begun_s, used_s = time.monotonic(), time.process_time()
-        while (now_s := time.monotonic()) - begun_s < seconds:
+        while sent < planned and (now_s := time.monotonic()) < begun_s + seconds + AFTER_S:
             while sent < planned and (due_s := begun_s + sent / rate_per_s) <= now_s:
                 call = self._calls[sent % len(self._calls)]
                 if not self._connections[sent % len(self._connections)].send(call, due_s):
@@ -247,7 +249,7 @@ class Flooder:
                 worst_s = max(worst_s, now_s - due_s)
                 sent += 1
             self._turn(now_s)
-        wall_s = now_s - begun_s
+        wall_s = max(seconds, time.monotonic() - begun_s)
         while any(connection.due_s for connection in self._connections):
             self._turn(time.monotonic())
         return {
