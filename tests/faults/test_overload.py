@@ -10,12 +10,14 @@ from loadtest.faults.overload_faults import faults_of
 GOOD = {
     "offered_factor": 9.8, "shed": 900, "shed_with_hint": 900, "other_errors": 0, "errors": {}, "peak_errors": {},
     "goodput_share": 0.9, "accepted_p50_ms": 90.0, "accepted_p99_ms": 150.0, "slo_ms": 200.0, "degraded_share": 1.0,
-    "probe_errors": {}, "probe_calls": 100, "check_live_max_ms": 40.0, "health_max_ms": 9.0, "publish_max_ms": 60.0, "recovered_s": 0.4,
+    "probe_errors": {}, "probe_calls": 100, "check_live_max_ms": 40.0, "health_max_ms": 9.0, "publish_max_ms": 60.0,
+    "recovered_s": 0.4,
 }  # fmt: skip
 BAD = {
     "offered_factor": 1.2, "shed": 0, "shed_with_hint": 899, "other_errors": 1, "errors": {"INTERNAL": 1},
     "peak_errors": {"UNKNOWN": 1}, "goodput_share": 0.05, "accepted_p50_ms": 300.0, "accepted_p99_ms": 201.0,
-    "degraded_share": 0.2, "probe_errors": {"health: UNAVAILABLE": 1}, "probe_calls": 0, "check_live_max_ms": 2_500.0, "recovered_s": None,
+    "degraded_share": 0.2, "probe_errors": {"health: UNAVAILABLE": 1}, "probe_calls": 0, "check_live_max_ms": 2_500.0,
+    "recovered_s": None,
 }  # fmt: skip
 
 
