@@ -4,11 +4,11 @@ First the peak: the most replies per second over a few numbers of callers, close
 from processes of their own; meanwhile CheckLive, a health probe and a Publish stream go on, one call every 100 ms
 each, and must not notice. Latency of an accepted request counts from when it was due.
 
-The load shares the cores with the server, and sending or refusing a call costs about as much as the cheapest call
-to serve. So the server ranks one viewer at a time here, on a large table: slow on purpose, so that generators on
-the same machine can offer ten times its peak (offered_factor says what they really did), and so that what is
-measured is the policy, not what refusing costs beside a request that is as cheap.
-Goodput above 1 is no mistake: under pressure fewer candidates are scored (degraded_share), which is faster.
+The load shares the cores with the server. Sending costs little (`flood.py`), refusing about as much as the cheapest
+call to serve. So the server ranks one viewer at a time here, on a large table: slow on purpose, so that what is measured
+is the policy, not what nine refusals cost beside a request that is as cheap (docs/overload.md, "The floor").
+offered_factor says what was really offered. Goodput above 1 is no mistake: under pressure fewer candidates are
+scored (degraded_share), and the engine does less besides.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _peak(ask: Ask, requests: list[bytes], plan: Plan) -> tuple[float, dict[str,
 
 
 def _flood(server: Server, plan: Plan, rate_per_s: float) -> dict[str, Any]:
-    """Generators are processes: one of them cannot send what ten times the peak takes."""
+    """Generators are processes of their own, so that none waits for this one's interpreter."""
     command = [sys.executable, "-m", "loadtest.bench.flood", "--address", server.address]
     command += ["--rate", str(rate_per_s / plan.generators), "--seconds", str(plan.seconds)]
     command += ["--settle", str(plan.settle_seconds)]

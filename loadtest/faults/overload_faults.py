@@ -15,14 +15,15 @@ SLOWEST_PROBE_MS = 2_000
 def overload(stage: Stage) -> Seen:
     """Excess is shed with a hint when to come back, accepted requests are answered in time, nobody else notices."""
     told = measure(stage.own_folder("overload"), stage.flood)
+    seen = (
+        f"{told['offered_factor']}x the peak of {told['peak_rps']:.0f}/s for {stage.flood.seconds:g} s: goodput "
+        f"{told['goodput_share']:.2f} of peak, {told['shed']:,} shed, {told['shed_with_hint']:,} with a hint, "
+        f"{told['errors'] or 'nothing'} failed otherwise, accepted p99 {told['accepted_p99_ms']} ms"
+    )
     if found := faults_of(told, whole=stage.flood == DEFAULT):
-        raise AssertionError(f"{'; '.join(found)}: {told}")
-    return Seen(
-        None, told["recovered_s"], told["shed_with_hint"] == told["shed"],
-        f"{told['offered_factor']}x the peak of {told['peak_rps']:.0f}/s for {stage.flood.seconds:g} s: "
-        f"goodput {told['goodput_share']:.2f} of peak, {told['shed']:,} shed with a hint, accepted p99 "
-        f"{told['accepted_p99_ms']:.0f} ms",
-    )  # fmt: skip
+        print(told)
+        raise AssertionError(f"{'; '.join(found)} ({seen})")
+    return Seen(None, told["recovered_s"], told["shed_with_hint"] == told["shed"], seen)
 
 
 def faults_of(told: dict[str, Any], whole: bool = True) -> list[str]:
