@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +18,6 @@ from server.edges.supervisor import Supervisor, end_with_parent, write_whole
 from server.errors import Draining, LiverankError
 
 _STOPS = {signal.SIGTERM, signal.SIGINT}
-_SWITCH_S = 0.001
-"""How long a thread that runs Python may keep another waiting for its turn. Python's own 5 ms is twice the time of a
-Rank: under a flood the thread that refuses calls would keep the engine waiting after every kernel."""
 
 
 class _Serving(Protocol):
@@ -126,7 +122,6 @@ def _raise_file_limit() -> None:
 
 def _until_told(make: Callable[[Callable[[], None]], _Serving], ready_file: Path | None) -> int:
     _raise_file_limit()
-    sys.setswitchinterval(_SWITCH_S)
     with _stops_blocked():
         return _serve_until(make, ready_file)
 

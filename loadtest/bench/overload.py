@@ -5,8 +5,8 @@ from processes of their own; meanwhile CheckLive, a health probe and a Publish s
 each, and must not notice. Latency of an accepted request counts from when it was due.
 
 The load shares the cores with the server. Sending costs little (`flood.py`), refusing about as much as the cheapest
-call to serve. So the server ranks one viewer at a time here, on a large table: slow on purpose, so that what is measured
-is the policy, not what nine refusals cost beside a request that is as cheap (docs/overload.md, "The floor").
+call to serve. So the server ranks one viewer at a time here, on a large table: slow on purpose, so that what is
+measured is the policy, not what nine refusals cost beside a request that is as cheap (docs/overload.md, "The floor").
 offered_factor says what was really offered. Goodput above 1 is no mistake: under pressure fewer candidates are
 scored (degraded_share), and the engine does less besides.
 """
