@@ -26,11 +26,12 @@ test: $(TESTING) triton            ## all tests, a real Triton included
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/parity tests/contract tests/e2e $(PATIENT)
 	TESTS_BEHIND_AN_EDGE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(BEHIND_AN_EDGE)
 	$(BIN)/python -m pytest tests/faults $(PATIENT:%=--ignore=%)   # real processes and their times: one after the other
-check: $(TESTING)                  ## style, types, and what bandit finds suspicious
+check: $(TESTING)                  ## style, types, what bandit finds suspicious, dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml server kernels loadtest models triton proto
+	$(BIN)/python deploy/dependencies.py $(EXTRA) dev train load kafka redis   # says so when vulnerabilities were not checked
 bench: setup                       ## first figures; the last line is JSON
 	$(BIN)/liverank bench first
 train: $(TESTING)                  ## trains all shipped models from the simulator; the last line: hashes of their metrics

@@ -95,6 +95,7 @@ class Engine:
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._in_hand: list[Answer] = []  # taken from the queues in this turn of the loop
         self._next_tick_s = 0.0
+        self._view_ticks = 0  # that the present view is old
         self._started = self._stopping = self._failed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -311,12 +312,14 @@ class Engine:
         # Leases wait for the log; features, rules and views do not: they are no part of its state.
         now_ms = max(settled_ms, self.clock.now_ms())
         self.applier.assess_touched(now_ms)
-        job = self._sweeps.step(now_ms)
+        job = self._sweeps.step(now_ms, self.admission.quality)
         if job is not None:
             # Not taken while the last job still runs: the next sweep brings newer rows anyway.
             self._refresher.submit(job)
             self._recorder.features(self._sweeps.states, self.features)
-        self.take_snapshot(now_ms)
+        self._view_ticks += 1
+        if self._view_ticks >= round(1 / self.admission.quality):  # building views is what every tick costs anew
+            self.take_snapshot(now_ms)
         self._recorder.ticked(self.table, self.streams, expired, self._queue.rows, time.perf_counter() - started)
         self._recorder.admitted(self.admission.quality, self.admission.limit)
         state = self.answerer.reply_state()
@@ -333,7 +336,8 @@ class Engine:
         self.on_rules()
 
     def take_snapshot(self, now_ms: int) -> None:
-        """Begins a new tick's view of the table."""
+        """Begins a new view of the table: every tick, but less often while quality is low."""
+        self._view_ticks = 0
         before = self.pipeline.snapshot
         self.pipeline.snapshot = Snapshot(self.table, self.streams, before.settings, now_ms, before.trend_order)
 

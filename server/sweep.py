@@ -5,6 +5,8 @@ Bounds what a tick costs on a large table; on a small one a sweep is a single st
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,8 @@ from server.scoring.refresh import RefreshJob
 
 CHUNK_ROWS = 16_384
 """Rows whose features one step recomputes at most."""
+MOST_STEPS = 100
+"""Smaller steps than a chunk are taken only as long as this many (ten seconds of ticks) do for the whole table."""
 
 
 class Sweep:
@@ -38,9 +42,15 @@ class Sweep:
         live = table.columns.state[: table.rows] == fence.LIVE
         return cls(np.flatnonzero(live).astype(np.int32), features)
 
-    def step(self, streams: StreamState, now_ms: int) -> None:
-        """Assesses the next chunk; ``finished`` once there is none left."""
-        span = slice(self._done, self._done + CHUNK_ROWS)
+    def step(self, streams: StreamState, now_ms: int, share: float = 1.0) -> None:
+        """Assesses the next chunk; ``finished`` once there is none left.
+
+        Args:
+            share: of a chunk's rows, in (0, 1]: on a large table sweeping takes a good part of the engine's time,
+                and under overload that is better spent on replies.
+        """
+        rows = min(CHUNK_ROWS, max(math.ceil(CHUNK_ROWS * share), -(-len(self.slots) // MOST_STEPS)))
+        span = slice(self._done, self._done + rows)
         chunk = self.slots[span]
         if len(chunk):
             found = streams.assess(chunk, now_ms)
@@ -73,20 +83,20 @@ class Sweeps:
         """Of the newest sweep: uint8[n, F]."""
         return self._current.states
 
-    def step(self, now_ms: int) -> RefreshJob | None:
-        """Sweeps on, if one is due; the rows for the model when that finished it."""
+    def step(self, now_ms: int, share: float = 1.0) -> RefreshJob | None:
+        """Sweeps on, if one is due; the rows for the model when that finished it. ``share``: see `Sweep.step`."""
         if self._current.finished:
             if now_ms < self._next_ms:
                 return None
             self._begin(now_ms)
-        self._current.step(self._streams, now_ms)
+        self._current.step(self._streams, now_ms, share)
         return self._current.job(self._table, now_ms) if self._current.finished else None
 
     def whole(self, now_ms: int) -> RefreshJob:
         """A whole new one at once. It stands for the one that is due, not for one more just before it."""
         self._begin(now_ms)
         while not self._current.finished:
-            self._current.step(self._streams, now_ms)
+            self._current.step(self._streams, now_ms, share)
         return self._current.job(self._table, now_ms)
 
     def _begin(self, now_ms: int) -> None:

@@ -4,19 +4,17 @@ First the peak: the most replies per second over a few numbers of callers, close
 from processes of their own; meanwhile CheckLive, a health probe and a Publish stream go on, one call every 100 ms
 each, and must not notice. Latency of an accepted request counts from when it was due.
 
-The load shares the cores with the server, and sending or refusing a call costs about as much as the cheapest call
-to serve. So the server ranks one viewer at a time here, on a large table: slow on purpose, so that generators on
-the same machine can offer ten times its peak (offered_factor says what they really did), and so that what is
-measured is the policy, not what refusing costs beside a request that is as cheap.
-Goodput above 1 is no mistake: under pressure fewer candidates are scored (degraded_share), which is faster.
+The load shares the cores with the server. Sending costs little (`flood.py`), refusing about as much as the cheapest
+call to serve. So the server ranks one viewer at a time here, on a large table: slow on purpose, so that what is
+measured is the policy, not what nine refusals cost beside a request that is as cheap (docs/overload.md, "The floor").
+offered_factor says what was really offered. Goodput above 1 is no mistake: under pressure fewer candidates are
+scored (degraded_share), and the engine does less besides.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import queue
 import subprocess
 import sys
 import tempfile
@@ -40,17 +38,12 @@ from rich.table import Table
 
 from loadtest.bench.catalogue import as_bytes, make_catalogue, rank_requests, stream_id
 from loadtest.bench.fill import fill, wait_until_scored
+from loadtest.bench.flood import OVERLOADED, QUERIES, SHED
 from loadtest.bench.load import Ask, closed_loop, code_of
 from loadtest.processes import ROOT, Server, cpu_seconds, running_server
 
-QUERIES = 256
 PROBE_EVERY_S = 0.1
 CALL_TIMEOUT_S = 5.0
-LATE_S = 0.02
-MOST_IN_FLIGHT = 512
-SHED, HINT = "RESOURCE_EXHAUSTED", "grpc-retry-pushback-ms"
-OVERLOADED = b"overload: "
-"""How a reply's reasons begin when fewer candidates were scored."""
 RECOVERED_WITHIN_S = 30.0
 SLO_MS = 200.0
 """End to end, from PRODUCT.md: a slate within 100 to 200 ms."""
@@ -144,8 +137,8 @@ def _peak(ask: Ask, requests: list[bytes], plan: Plan) -> tuple[float, dict[str,
 
 
 def _flood(server: Server, plan: Plan, rate_per_s: float) -> dict[str, Any]:
-    """Generators are processes: one of them cannot send what ten times the peak takes."""
-    command = [sys.executable, "-m", "loadtest.bench.overload", "--address", server.address]
+    """Generators are processes of their own, so that none waits for this one's interpreter."""
+    command = [sys.executable, "-m", "loadtest.bench.flood", "--address", server.address]
     command += ["--rate", str(rate_per_s / plan.generators), "--seconds", str(plan.seconds)]
     command += ["--settle", str(plan.settle_seconds)]
     used_s, before = cpu_seconds(server.process.pid), _scrape(server)
@@ -161,24 +154,26 @@ def _flood(server: Server, plan: Plan, rate_per_s: float) -> dict[str, Any]:
             process.wait()
     parts = [json.loads(out.splitlines()[-1]) for out in said]
     latencies_ms = np.concatenate([np.array(part.pop("latencies_ms"), np.float64) for part in parts])
+    hints_ms = np.concatenate([np.array(part.pop("hints_ms"), np.float64) for part in parts])
     errors = sum((Counter(part["errors"]) for part in parts), Counter())
     answered, shed = len(latencies_ms), errors.pop(SHED, 0)
     after = _scrape(server)
     grown = {name: after[name] - before.get(name, 0.0) for name in after}
     return {
         "offered_rps": round(sum(part["sent"] / part["wall_s"] for part in parts), 1),
-        "goodput_rps": round(sum(part["in_slo"] / part["wall_s"] for part in parts), 1),
+        "goodput_rps": round(float((latencies_ms <= SLO_MS).sum()) / max(part["wall_s"] for part in parts), 1),
         "accepted_p50_ms": _percentile(latencies_ms, 50),
         "accepted_p99_ms": _percentile(latencies_ms, 99),
         "accepted": answered,
         "shed": shed,
-        "shed_with_hint": sum(part["hints"] for part in parts),
-        "hint_p50_ms": float(np.median([part["hint_p50_ms"] for part in parts])),
+        "shed_with_hint": len(hints_ms),
+        "hint_p50_ms": _percentile(hints_ms, 50),
         "degraded_share": round(sum(part["degraded"] for part in parts) / max(1, answered), 3),
         "other_errors": sum(errors.values()),
         "errors": dict(errors),
         "unsent": sum(part["unsent"] for part in parts),
         "worst_send_delay_ms": max(part["worst_send_delay_ms"] for part in parts),
+        "generator_cpu_s": round(sum(part["cpu_s"] for part in parts), 2),
         "server_cpu_s": round(cpu_seconds(server.process.pid) - used_s, 2),
         "mean_batch_rows": _mean(grown, "liverank_batch_rows"),
         "server_mean_wait_ms": _mean(grown, "liverank_queue_wait_seconds", 1000.0),
@@ -202,65 +197,6 @@ def _scrape(server: Server) -> dict[str, float]:
 
 def _percentile(values: np.ndarray[Any, Any], q: float) -> float | None:
     return round(float(np.percentile(values, q)), 2) if len(values) else None
-
-
-class _Flooder:
-    """One generator. Arrivals have a constant rate, whatever the server does; one thread sends, replies come to
-    callbacks: a thread per call in flight would spend more than the server does."""
-
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address)
-        self._rank = self._channel.unary_unary("/liverank.v1.Ranking/Rank")
-        self._requests = as_bytes(rank_requests(QUERIES))
-        self._answers: queue.SimpleQueue[tuple[float, grpc.Future]] = queue.SimpleQueue()
-
-    def run(self, rate_per_s: float, seconds: float) -> dict[str, Any]:
-        """Floods for ``seconds``. What cannot be sent within LATE_S of being due is not sent, and counted."""
-        planned, worst_s = round(rate_per_s * seconds), 0.0
-        calls: list[grpc.Future] = []  # grpc cancels a call that nobody holds
-        begun_s = time.monotonic()
-        for i in range(planned):
-            due_s = begun_s + i / rate_per_s
-            if (early_s := due_s - time.monotonic()) > 0:
-                time.sleep(early_s)
-            late_s = time.monotonic() - due_s
-            if late_s > LATE_S or len(calls) - self._answers.qsize() >= MOST_IN_FLIGHT:
-                continue
-            worst_s = max(worst_s, late_s)
-            call = self._rank.future(self._requests[i % QUERIES], timeout=CALL_TIMEOUT_S)
-            call.add_done_callback(lambda done, due_s=due_s: self._answers.put((time.monotonic() - due_s, done)))
-            calls.append(call)
-        wall_s = time.monotonic() - begun_s
-        found = [self._answers.get(timeout=2 * CALL_TIMEOUT_S) for _ in calls]
-        return _digest(found) | {
-            "sent": len(calls),
-            "wall_s": wall_s,
-            "unsent": planned - len(calls),
-            "worst_send_delay_ms": round(worst_s * 1000, 1),
-        }
-
-
-def _digest(found: list[tuple[float, Any]]) -> dict[str, Any]:
-    """What came of calls: (seconds since due, finished call)."""
-    latencies_ms: list[float] = []
-    errors: Counter[str] = Counter()
-    hints_ms: list[int] = []
-    degraded = 0
-    for taken_s, call in found:
-        if call.code() is grpc.StatusCode.OK:
-            latencies_ms.append(round(taken_s * 1000, 2))
-            degraded += OVERLOADED in call.result()
-        else:
-            errors[call.code().name] += 1
-            hints_ms += [int(value) for key, value in call.trailing_metadata() or () if key == HINT]
-    return {
-        "latencies_ms": latencies_ms,
-        "in_slo": sum(ms <= SLO_MS for ms in latencies_ms),
-        "errors": errors,
-        "hints": len(hints_ms),
-        "hint_p50_ms": float(np.median(hints_ms)) if hints_ms else 0.0,
-        "degraded": degraded,
-    }
 
 
 # --- what must go on --------------------------------------------------------------------------
@@ -330,20 +266,3 @@ def _heartbeats(over: threading.Event, streams: int) -> Iterator[ingest_pb2.Even
         event.viewer_count.count = sequence
         yield ingest_pb2.EventBatch(producer_id="overload", events=[event])
         over.wait(PROBE_EVERY_S)
-
-
-def main() -> None:
-    """One generator process; prints one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--address", required=True)
-    parser.add_argument("--rate", type=float, required=True, help="arrivals per second")
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--settle", type=float, required=True, help="seconds before it measures")
-    options = parser.parse_args()
-    flooder = _Flooder(options.address)
-    flooder.run(options.rate, options.settle)
-    print(json.dumps(flooder.run(options.rate, options.seconds)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Just enough raw HTTP/2 to behave badly: connections that say nothing, and messages that stop half-way."""
+"""Just enough raw HTTP/2: to behave badly (connections that say nothing, messages that stop half-way), and cheaply."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import socket
 import struct
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, SETTINGS = 0, 1, 4
-END_HEADERS = 4
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+ACK, END_STREAM, END_HEADERS, PADDED = 1, 1, 4, 8
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -20,16 +20,20 @@ def greeting() -> bytes:
     return PREFACE + frame(SETTINGS, 0, 0)
 
 
-def call(path: str, stream: int = 1) -> bytes:
-    """The headers of a gRPC call, spelled out (no table, no Huffman)."""
+def request_headers(path: str, *more: tuple[str, str]) -> bytes:
+    """The headers of a gRPC call, spelled out (no table, no Huffman): the same bytes whatever was sent before."""
     headers = (
         (":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "127.0.0.1"),
-        ("content-type", "application/grpc"), ("te", "trailers"),
+        ("content-type", "application/grpc"), ("te", "trailers"), *more,
     )  # fmt: skip
-    block = b"".join(
+    return b"".join(
         b"\0" + bytes((len(name),)) + name.encode() + bytes((len(value),)) + value.encode() for name, value in headers
     )
-    return frame(HEADERS, END_HEADERS, stream, block)
+
+
+def call(path: str, stream: int = 1) -> bytes:
+    """The opening of a gRPC call."""
+    return frame(HEADERS, END_HEADERS, stream, request_headers(path))
 
 
 def half_message(payload: bytes, stream: int = 1) -> bytes:

@@ -76,44 +76,43 @@ class Admission:
 
     # --- at the edge --------------------------------------------------------------------------
 
-    def enter(self, client: str, priority: Priority) -> None:
-        """Lets a call in, which `leave`s when it is over.
+    def enter(self, client: str, priority: Priority) -> Overloaded | None:
+        """Lets a call in (None), which `leave`s when it is over, or says why it is turned away: returned, not
+        raised, which would be a large part of what a refusal costs.
 
         Over the limit a client with less than its share of the places still gets one, so that a flood of one
         does not shut the others out.
-
-        Raises:
-            Overloaded: turned away.
         """
         with self._lock:
             interactive, waiting = self._in_hand[Priority.INTERACTIVE], self._in_hand[priority]
             self._limit.in_flight(interactive + (priority is Priority.INTERACTIVE))
             if waiting >= self._most_calls:
-                raise self._shed(ShedReason.QUEUE_FULL, priority, f"{waiting} calls are already waiting", waiting)
+                return self._shed(ShedReason.QUEUE_FULL, priority, f"{waiting} calls are already waiting", waiting)
             if priority is Priority.BATCH:
                 if interactive >= self._limit.value / 2 and self._quality.at_floor:
                     why = "interactive requests take all there is"
-                    raise self._shed(ShedReason.BATCH_FIRST, priority, why, waiting)
+                    return self._shed(ShedReason.BATCH_FIRST, priority, why, waiting)
             elif interactive >= self.limit:
-                if self._quality.at_floor:
-                    self._check_share(client, interactive)
-                else:
+                if not self._quality.at_floor:
                     self._quality.answered(0, 1)  # it will be late; once that is measured, hundreds more will have come
+                elif (error := self._over_its_share(client, interactive)) is not None:
+                    return error
             self._in_hand[priority] += 1
             if priority is Priority.INTERACTIVE:
                 self._clients[client] += 1
+        return None
 
-    def _check_share(self, client: str, interactive: int) -> None:
+    def _over_its_share(self, client: str, interactive: int) -> Overloaded | None:
         mine = self._clients.get(client, 0)
         share = self._limit.value / (len(self._clients) + (mine == 0))
         if mine < share and interactive < self.limit + ROOM_FOR_OTHERS:
-            return
+            return None
         several = len(self._clients) > (mine > 0)
         if several and mine >= share:
             why = f"{mine} requests of this client are in the server already"
-            raise self._shed(ShedReason.CLIENT_SHARE, Priority.INTERACTIVE, why, interactive)
+            return self._shed(ShedReason.CLIENT_SHARE, Priority.INTERACTIVE, why, interactive)
         why = f"{interactive} requests are in the server already"
-        raise self._shed(ShedReason.LIMIT, Priority.INTERACTIVE, why, interactive)
+        return self._shed(ShedReason.LIMIT, Priority.INTERACTIVE, why, interactive)
 
     def leave(self, client: str, priority: Priority) -> None:
         """A call that entered is over."""

@@ -11,7 +11,20 @@ from pathlib import Path
 
 from server.clock import SystemClock
 from server.config import Settings, load_settings
-from server.doctor import admission, clock, device, files, kafka, libraries, machine, memory, model, ports, security
+from server.doctor import (
+    admission,
+    clock,
+    device,
+    files,
+    kafka,
+    libraries,
+    machine,
+    memory,
+    model,
+    ports,
+    ranker,
+    security,
+)
 from server.doctor.base import Check, Context, Finding, Status, fail, ok, warn
 from server.errors import ConfigError
 
@@ -25,6 +38,7 @@ BARE: tuple[Check, ...] = (
 WITH_LIBRARIES: tuple[Check, ...] = (
     ports.ports, security.security, admission.admission, kafka.kafka, device.backend, device.memory, files.declared,
     files.snapshots, files.rollout, memory.table_memory, memory.viewer_memory, model.model,
+    ranker.ranker,
 )  # fmt: skip
 """Checks that load what the server loads: not run when a library is broken, for it might take the doctor along."""
 

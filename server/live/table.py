@@ -372,8 +372,9 @@ class LiveTable:
 
     def count_states(self) -> tuple[int, int, int]:
         """Rows that are (live, suspect, ended)."""
-        counts = np.bincount(self.columns.state[: self.rows], minlength=4)
-        return int(counts[fence.LIVE]), int(counts[fence.SUSPECT]), int(counts[fence.ENDED])
+        state = self.columns.state[: self.rows]
+        live, suspect, ended = (int(np.count_nonzero(state == s)) for s in (fence.LIVE, fence.SUSPECT, fence.ENDED))
+        return live, suspect, ended
 
 
 _LIVENESS_KINDS = np.array([fence.STARTED, fence.HEARTBEAT, fence.END, fence.MODERATED])

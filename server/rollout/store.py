@@ -31,7 +31,7 @@ class RolloutFile:
             return {name: Rollout.from_dict(values) for name, values in dict(content["models"]).items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"rollout.file: {self.path} cannot be used: {error}; restore it, or remove it to serve the newest "
                 "version of each model"

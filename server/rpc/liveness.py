@@ -8,6 +8,7 @@ import grpc
 from liverank.v1 import liveness_pb2 as pb
 from liverank.v1 import liveness_pb2_grpc as pb_grpc
 
+from server.config import TableSettings
 from server.engine import Engine
 from server.errors import InvalidRequest
 from server.live.event_checks import MAX_TIME_MS
@@ -75,17 +76,7 @@ class LivenessService(pb_grpc.LivenessServicer):
     @guarded
     def Reconcile(self, request: pb.ReconcileRequest, context: grpc.ServicerContext) -> pb.ReconcileResponse:
         engine = self._engine
-        latest_ms = min(engine.clock.now_ms() + engine.settings.table.max_future_ms, MAX_TIME_MS - 1)
-        if not 0 < request.as_of_ms <= latest_ms:
-            raise InvalidRequest("as_of_ms", f"1 to {latest_ms} (now) allowed, got {request.as_of_ms}")
-        if len(request.live_stream_ids) > MAX_RECONCILED:
-            raise InvalidRequest(
-                "live_stream_ids", f"at most {MAX_RECONCILED} allowed, got {len(request.live_stream_ids)}"
-            )
-        check_short("source", request.source)
-        for i, stream_id in enumerate(request.live_stream_ids):
-            check_stream_id(f"live_stream_ids[{i}]", stream_id)
-        ids = [stream_id.encode() for stream_id in request.live_stream_ids]
+        ids = checked_ids(request, engine.settings.table, engine.clock.now_ms())
         owners = None
         if engine.settings.security.producers_own_streams:
             owners = caller().producer_ids
@@ -97,3 +88,16 @@ class LivenessService(pb_grpc.LivenessServicer):
             unknown_stream_ids=[request.live_stream_ids[i] for i in found.unknown],
             applied_offset=offset or engine.applier.offset,
         )
+
+
+def checked_ids(request: pb.ReconcileRequest, table: TableSettings, now_ms: int) -> list[bytes]:
+    """Ids of the streams that are said to be live. Raises InvalidRequest naming the field."""
+    latest_ms = min(now_ms + table.max_future_ms, MAX_TIME_MS - 1)
+    if not 0 < request.as_of_ms <= latest_ms:
+        raise InvalidRequest("as_of_ms", f"1 to {latest_ms} (now) allowed, got {request.as_of_ms}")
+    if len(request.live_stream_ids) > MAX_RECONCILED:
+        raise InvalidRequest("live_stream_ids", f"at most {MAX_RECONCILED} allowed, got {len(request.live_stream_ids)}")
+    check_short("source", request.source)
+    for i, stream_id in enumerate(request.live_stream_ids):
+        check_stream_id(f"live_stream_ids[{i}]", stream_id)
+    return [stream_id.encode() for stream_id in request.live_stream_ids]

@@ -34,6 +34,8 @@ from server.rpc.direct import Refusal
 
 logger = logging.getLogger(__name__)
 
+PUSHBACK = "grpc-retry-pushback-ms"
+"""Trailing metadata that gRPC clients with a retry policy obey by themselves."""
 RETRY_MS = 1_000
 """When to come back where the error does not say: a disk does not empty itself within milliseconds."""
 STATUS: dict[type[LiverankError], grpc.StatusCode] = {
@@ -56,6 +58,7 @@ STATUS: dict[type[LiverankError], grpc.StatusCode] = {
     ScoringError: grpc.StatusCode.INTERNAL,  # the ladder keeps these from callers; if one escapes it is a bug
     LiverankError: grpc.StatusCode.INTERNAL,
 }
+_SHED = STATUS[Overloaded]
 
 
 class CallerGone(Exception):
@@ -118,4 +121,10 @@ def verdict(recorder: Recorder, method: str, error: Exception) -> Refusal:
     if code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Refusal(code, message)
     retry_ms = error.retry_ms if isinstance(error, Overloaded) else RETRY_MS
-    return Refusal(code, message, (("grpc-retry-pushback-ms", str(retry_ms)),))
+    return Refusal(code, message, ((PUSHBACK, str(retry_ms)),))
+
+
+def turned_away(recorder: Recorder, method: str, error: Overloaded) -> Refusal:
+    """`verdict` for what admission sheds, without looking anything up: under overload, thousands of times a second."""
+    recorder.refused(method, _SHED.name)
+    return Refusal(_SHED, error.args[0], ((PUSHBACK, str(error.retry_ms)),))

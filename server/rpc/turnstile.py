@@ -8,11 +8,10 @@ from typing import Any
 
 from server.admission.gate import Admission
 from server.batching.base import Priority
-from server.errors import LiverankError
 from server.recorder import Recorder
 from server.rpc.auth import identify, parser_of
 from server.rpc.direct import Call, DirectMethod, Refusal
-from server.rpc.status import verdict
+from server.rpc.status import turned_away, verdict
 from server.security.access import Identity
 from server.security.gate import Gate
 from server.security.roles import access_of
@@ -45,10 +44,9 @@ class Turnstile:
         def judge(call: Call) -> Refusal | None:
             priority = batch or _priority(call)
             client = call.peer()
-            try:
-                admission.enter(client, priority)
-            except LiverankError as error:
-                return verdict(recorder, access.name, error)
+            shed = admission.enter(client, priority)
+            if shed is not None:
+                return turned_away(recorder, access.name, shed)
             call.priority = priority
             call.left = lambda: admission.leave(client, priority)
             return None

@@ -74,6 +74,7 @@ def boosts(book: RuleBook, bits: NDArray[np.uint32]) -> NDArray[np.float32]:
 def count_by_first_rule(book: RuleBook, bits: NDArray[np.uint32]) -> dict[str, int]:
     """How many rows each excluding rule keeps out; a row counts for its first rule only."""
     left = bits & np.uint32(book.exclude_bits)
+    left = left[left != 0]  # few: most rows may be shown
     counts = {}
     for i, name in enumerate(book.names):
         hit = (left >> np.uint32(i)) & np.uint32(1) == 1

@@ -79,7 +79,8 @@ def check_ranker_config(
     for name, (kind, shape) in INPUTS.items():
         wanted = _dims(shape, n_features, embedding_dim)
         if inputs[name].data_type != _TYPES[kind] or list(inputs[name].dims) != wanted:
-            found = f"{DataType.Name(inputs[name].data_type)}{list(inputs[name].dims)}"
+            theirs = inputs[name].data_type  # which may be a number without a name
+            found = f"{DataType.Name(theirs) if theirs in DataType.values() else theirs}{list(inputs[name].dims)}"
             raise SchemaMismatch(
                 f"{model} takes {name} as {found}, this server has {DataType.Name(_TYPES[kind])}{wanted}"
             )

@@ -6,7 +6,7 @@ import contextlib
 import json
 import queue
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -571,3 +571,22 @@ def test_a_batch_whose_answer_could_not_be_sent_is_refused_before_it_is_ranked(t
         with pytest.raises(grpc.RpcError, match="requests: limits of 110 streams in all; at most 100 fit") as refused:
             stub.RankBatch(ranking_pb2.RankBatchRequest(requests=[one] * 11), timeout=10.0)
         assert status_of(refused.value)[0] == "INVALID_ARGUMENT"
+
+
+def test_a_message_beyond_the_limit_is_refused_unread_on_every_way_in_and_harms_no_other(tmp_path: Path) -> None:
+    with serving_app(tmp_path, serve={"max_message_bytes": 4_000}) as app, channel(app.port) as made:
+        ranking, liveness = ranking_pb2_grpc.RankingStub(made), liveness_pb2_grpc.LivenessStub(made)
+        large = "x" * 5_000
+        calls: list[Callable[[], object]] = [
+            lambda: ranking.Rank(ranking_pb2.RankRequest(request_id=large), timeout=10.0),
+            lambda: liveness.CheckLive(liveness_pb2.CheckLiveRequest(streams=[{"stream_id": large}]), timeout=10.0),
+            lambda: list(
+                ingest_pb2_grpc.IngestStub(made).Publish(iter([ingest_pb2.EventBatch(producer_id=large)]), timeout=10.0)
+            ),
+        ]
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as refused:
+                call()
+            code, told = status_of(refused.value)
+            assert code == "RESOURCE_EXHAUSTED" and "larger than max" in told
+        ranking.Rank(ranking_pb2.RankRequest(), timeout=10.0)

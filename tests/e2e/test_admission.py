@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,20 @@ def test_a_request_with_a_far_deadline_does_not_hold_up_one_with_a_near_one(tmp_
                 eventually(lambda: client.app.engine.queued_rows == 4, what="four wait")
             assert near.result() and all(call.result() for call in far)
         assert order[0] == "near"
+
+
+def test_while_quality_is_low_views_are_built_for_fewer_ticks_and_what_ended_since_is_not_shown(tmp_path: Path) -> None:
+    with running_app(tmp_path, admission=HELD) as client:
+        client.publish(started("ends", 0), started("stays", 0))
+        client.tick()
+        engine = client.app.engine
+
+        def new_views_in_eight_ticks() -> int:
+            views = [engine.pipeline.snapshot, *(engine._tick() or engine.pipeline.snapshot for _ in range(8))]
+            return sum(before is not view for before, view in pairwise(views))
+
+        assert engine.call(new_views_in_eight_ticks).result(20.0) == 8
+        overload(client)
+        assert engine.call(new_views_in_eight_ticks).result(20.0) == 2
+        client.publish(event("ends", 1, epoch=1, ended={}))
+        assert [stream.stream_id for stream in client.rank().streams] == ["stays"]

@@ -169,6 +169,8 @@ def test_a_batch_larger_than_the_engines_own_is_answered_completely_and_in_order
         ({"viewer_embedding": [1.0]}, "viewer_embedding"),
         ({"viewer_embedding": [1.0, math.nan, 0.0, 0.0]}, "viewer_embedding"),
         ({"viewer_embedding": [math.inf, 0.0, 0.0, 0.0]}, "viewer_embedding"),
+        ({"viewer_embedding": [1e7, 0.0, 0.0, 0.0]}, "viewer_embedding"),
+        ({"viewer_embedding": [1e-7, 0.0, 0.0, 0.0]}, "viewer_embedding"),
         ({"surface": "nowhere"}, "surface"),
         ({"languages": ["x" * 65]}, "languages[0]"),
         ({"categories": ["x"] * 65}, "categories"),

@@ -7,6 +7,7 @@ deliberate errors is a fault.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -41,10 +42,14 @@ from server.live.state import StateBuffer, restore
 from server.live.table import End
 from server.log import snapshot
 from server.log.snapshot import Contents, SnapshotFolder, manifest_of
+from server.rollout.state import Rollout
+from server.rollout.store import FORMAT, RolloutFile
 from server.rpc.auth import parser_of
 from server.rpc.decode import check_stream_id, decode_rank
+from server.rpc.liveness import checked_ids
 from server.rules.rulebook import RuleBook
 from server.scoring.model_config import check_config, parse_config
+from server.scoring.ranker_config import check_ranker_config, render_ranker_config
 from server.security.access import AccessList
 from server.security.gate import bearer
 from server.security.tokens import hash_token
@@ -128,6 +133,14 @@ def check_live(data: bytes) -> object:
     for i, stream in enumerate(message.streams):
         check_stream_id(f"streams[{i}].stream_id", stream.stream_id)
     return message
+
+
+@target(
+    lambda: [liveness_pb2.ReconcileRequest(live_stream_ids=["s", "t"], as_of_ms=T0, source="m").SerializeToString()],
+    InvalidRequest,
+)
+def reconcile(data: bytes) -> object:
+    return checked_ids(parser_of(liveness_pb2.ReconcileRequest.FromString)(data), TABLE, T0)
 
 
 def _events() -> list[ingest_pb2.Event]:
@@ -345,3 +358,21 @@ def history_parquet(data: bytes) -> object:
 @target(lambda: [(ROOT.parent / "model_repository/trendiness/config.pbtxt").read_bytes()], SchemaMismatch, BadScores)
 def model_config(data: bytes) -> object:
     return check_config(parse_config(data.decode("latin-1")), "trendiness", _features().schema, len(_features()))
+
+
+@target(lambda: [render_ranker_config(_features().schema, len(_features()), 4).encode()], SchemaMismatch, BadScores)
+def ranker_config(data: bytes) -> object:
+    config = parse_config(data.decode("latin-1"))
+    return check_ranker_config(config, "ranker", _features().schema, len(_features()), 4)
+
+
+def _rollouts() -> list[bytes]:
+    trial = Rollout(serving=2, previous=1).pushed(3, T0)
+    return [
+        json.dumps({"format": FORMAT, "models": {"trendiness": one.to_dict()}}).encode() for one in (Rollout(), trial)
+    ]
+
+
+@target(_rollouts, ConfigError)
+def rollout_file(data: bytes) -> object:
+    return RolloutFile(_as_file("rollout.json", data)).load()

@@ -18,12 +18,13 @@ from onnx import numpy_helper
 
 from loadtest.faults.broker import running_broker
 from server.clock import ManualClock
-from server.doctor import admission, clock, files, kafka, model, ports, security
+from server.doctor import admission, clock, files, kafka, model, ports, ranker, security
 from server.doctor.base import Context, Status
 from server.doctor.eventlog import DamagedLogError, read_last
 from server.errors import LogError
 from server.log.base import Record
 from server.log.sqlite import SqliteLog
+from tests import rankers
 from tests.app import FEATURES, put_current_model
 from tests.certificates import Authority
 from tests.doctor import all_ok, context, found, the_failure
@@ -325,6 +326,65 @@ def test_a_listener_that_is_no_triton_fails(tmp_path: Path, monkeypatch: pytest.
     with socket.create_server(("127.0.0.1", 0)) as other:
         scoring = {"mode": "triton", "triton_address": f"127.0.0.1:{other.getsockname()[1]}"}
         assert the_failure(model.model, context(tmp_path, scoring=scoring)).check == "model.scores"
+
+
+# --- ranker -------------------------------------------------------------------------------------
+
+
+def with_ranker(tmp_path: Path, put: Any = None, **changes: Any) -> Context:
+    """Settings that name a ranker for embeddings of 4 numbers, after a model of that name was put there."""
+    if put is not None:
+        rankers.put_ranker(tmp_path / "models", put, FEATURES.schema, len(FEATURES), 4)
+    return context(tmp_path, ranker={"model": "ranker", **changes})
+
+
+def test_without_a_ranker_nothing_is_said_of_one(tmp_path: Path) -> None:
+    assert found(ranker.ranker, context(tmp_path)) == {}
+
+
+def test_a_ranker_of_these_features_and_embeddings_is_ok(tmp_path: Path) -> None:
+    about = with_ranker(tmp_path, rankers.telling(len(FEATURES), 4), deadline_ms=10_000)
+    assert "ranker/1 ranks 200 candidates" in found(ranker.ranker, about)["ranker.scores"].found
+    assert all_ok(ranker.ranker, about)
+
+
+def test_a_ranker_that_is_missing_or_damaged_fails(tmp_path: Path) -> None:
+    assert "model.onnx" in the_failure(ranker.ranker, with_ranker(tmp_path)).mend
+    about = with_ranker(tmp_path, rankers.telling(len(FEATURES), 4))
+    (tmp_path / "models/ranker/1/model.onnx").write_bytes(b"\0damaged")
+    assert the_failure(ranker.ranker, about).check == "ranker.scores"
+
+
+def test_a_ranker_of_other_features_or_of_other_embeddings_fails(tmp_path: Path) -> None:
+    repository, n = tmp_path / "models", len(FEATURES)
+    rankers.put_ranker(repository, rankers.telling(n, 4), "other", n, 4)
+    assert "Train" in the_failure(ranker.ranker, with_ranker(tmp_path)).mend
+    rankers.put_ranker(repository, rankers.telling(n, 8), FEATURES.schema, n, 8, version=2)
+    assert "Train" in the_failure(ranker.ranker, with_ranker(tmp_path)).mend
+
+
+def test_a_ranker_whose_heads_are_no_numbers_fails(tmp_path: Path) -> None:
+    about = with_ranker(tmp_path, rankers.constant(len(FEATURES), 4, [float("nan")] * 4))
+    assert "make train" in the_failure(ranker.ranker, about).mend
+
+
+def test_a_ranker_beyond_its_deadline_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 1.0])
+    monkeypatch.setattr(ranker.time, "monotonic", lambda: next(ticks, 2.0))
+    opened = type("Fast", (), {"heads": lambda *_: type("Heads", (), {"model_version": "ranker/7"})})()
+    told = ranker._ranked(with_ranker(tmp_path), opened, len(FEATURES))
+    assert told.status is Status.WARN and "ranker.deadline_ms is 25" in told.found
+
+
+def test_a_ranker_on_a_triton_that_is_not_there_fails(tmp_path: Path) -> None:
+    scoring = {"mode": "triton", "triton_address": "127.0.0.1:1"}
+    failure = the_failure(ranker.ranker, context(tmp_path, scoring=scoring, ranker={"model": "ranker"}))
+    assert "triton_address" in failure.mend
+
+
+def test_a_ranker_waits_for_its_features(tmp_path: Path) -> None:
+    bad = context(tmp_path, table={"features_file": str(tmp_path / "none.toml")}, ranker={"model": "ranker"})
+    assert "features" in found(ranker.ranker, bad)["ranker.scores"].mend
 
 
 # --- clock --------------------------------------------------------------------------------------

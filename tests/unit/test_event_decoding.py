@@ -37,6 +37,8 @@ SETTINGS = small_settings(max_events_per_batch=100)
         (started("s", 1, embedding=[1.0] * 3), pb.EMBEDDING_SIZE, "started.embedding"),
         (started("s", 1, embedding=[1.0, 2.0, 3.0, math.nan]), pb.EMBEDDING_NOT_FINITE, "started.embedding"),
         (started("s", 1, embedding=[1.0, 2.0, 3.0, math.inf]), pb.EMBEDDING_NOT_FINITE, "started.embedding"),
+        (started("s", 1, embedding=[1e7, 0.0, 0.0, 0.0]), pb.VALUE_OUT_OF_RANGE, "started.embedding"),
+        (started("s", 1, embedding=[1e-7, 0.0, 0.0, 0.0]), pb.VALUE_OUT_OF_RANGE, "started.embedding"),
         (event("s", 1, epoch=1, started={"title": "x"}), pb.CREATOR_MISSING, "creator_id"),
         (started("s", 1, epoch=0), pb.EPOCH_MISSING, "epoch"),
         (event("s", 1, heartbeat={"media_sequence": 1}), pb.EPOCH_MISSING, "epoch"),

@@ -98,6 +98,7 @@ def test_a_rendered_config_is_accepted() -> None:
         (("dims: [-1, 5]", "dims: [-1, 6]"), SchemaMismatch, r"stream_features as TYPE_FP32\[-1, 6\].*\[-1, 5\]"),
         (("[-1, 20, 4] },", "[-1, 10, 4] },"), SchemaMismatch, "sequence_embedding"),
         (("TYPE_INT64", "TYPE_INT32"), SchemaMismatch, "codes as TYPE_INT32"),
+        (("TYPE_INT64", "99"), SchemaMismatch, "codes as 99"),
         (('"viewer_of"', '"x"'), BadScores, "takes .*'x'"),
         (('"heads"', '"trend"'), BadScores, "output heads"),
         (("TYPE_FP32 dims: [ -1, 4 ]", "TYPE_FP32 dims: [ -1, 3 ]"), BadScores, "output heads"),
