@@ -96,7 +96,7 @@ class Sweeps:
         """A whole new one at once. It stands for the one that is due, not for one more just before it."""
         self._begin(now_ms)
         while not self._current.finished:
-            self._current.step(self._streams, now_ms, share)
+            self._current.step(self._streams, now_ms)
         return self._current.job(self._table, now_ms)
 
     def _begin(self, now_ms: int) -> None:
