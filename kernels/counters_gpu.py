@@ -24,7 +24,7 @@ _HALVES = tl.constexpr(N_HALF_LIVES)
 _REGISTERS = tl.constexpr(SKETCH_REGISTERS)
 _REGISTER_BITS = tl.constexpr(SKETCH_REGISTERS.bit_length() - 1)
 _REST = tl.constexpr((1 << (64 - (SKETCH_REGISTERS.bit_length() - 1))) - 1)
-_MAX_RANK = tl.constexpr(51)  # kernels.counters.observe gives up after 50 zeros
+_MAX_RANK = tl.constexpr(51)  # kernels.sessions.observe gives up after 50 zeros
 _SCALE = tl.constexpr((0.7213 / (1.0 + 1.079 / SKETCH_REGISTERS)) * SKETCH_REGISTERS**2 * 2.0**51)
 _FEW = tl.constexpr(2.5 * SKETCH_REGISTERS)
 
@@ -185,7 +185,7 @@ def observe(
     chatter_registers: torch.Tensor,
     winner: torch.Tensor,
 ) -> None:
-    """:func:`kernels.counters.observe`, equal to it bit for bit in whatever order the GPU runs.
+    """:func:`kernels.sessions.observe`, equal to it bit for bit in whatever order the GPU runs.
 
     Args:
         slots: int32[n], in range. time_ms: int64[n]. viewers: float32[n], -1: not a viewer count.
@@ -258,7 +258,7 @@ _ESTIMATE = {"BLOCK": _BLOCK, "STRIP": 16}  # 8 warps: with 4, the 64-bit strip 
 
 
 def estimate_distinct(registers: torch.Tensor, *, out: torch.Tensor) -> None:
-    """:func:`kernels.counters.estimate_distinct` of uint8[n, 128] into ``out`` float32[n].
+    """:func:`kernels.sessions.estimate_distinct` of uint8[n, 128] into ``out`` float32[n].
 
     Agrees with the CPU to 1e-6 relative (float64 inside, another logarithm and another order of the sum).
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from server.allocator import keep_freed_memory
 from server.clock import SystemClock
 from server.config import Settings, load_settings
 from server.edges.supervisor import Supervisor, end_with_parent, write_whole
@@ -123,6 +124,7 @@ def _raise_file_limit() -> None:
 
 def _until_told(make: Callable[[Callable[[], None]], _Serving], ready_file: Path | None) -> int:
     _raise_file_limit()
+    keep_freed_memory()
     with _stops_blocked():
         return _serve_until(make, ready_file)
 

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from kernels import fence
 from kernels.blend import BlendWeights, blend
-from kernels.counters import COUNTERS, estimate_distinct, observe, scatter_decayed
+from kernels.counters import COUNTERS, scatter_decayed
 from kernels.dedup import WORDS
 from kernels.groups import by_group, first_of_groups
 from kernels.idmap import IdMap
 from kernels.int8_rows import Int8Rows
 from kernels.merge import merge_candidates
+from kernels.sessions import estimate_distinct, observe
 from kernels.slate import select_slates
 from kernels.topk import masked_topk
 from kernels.topk_int8 import masked_topk_int8

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels import fence
-from kernels.counters import COUNTERS, Sessions, count_events, move_landmark
+from kernels.counters import COUNTERS, move_landmark
+from kernels.sessions import Sessions, count_events
 from server.live.columns import Columns
 from server.live.features import Features, FeatureSet
 

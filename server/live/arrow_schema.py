@@ -45,7 +45,10 @@ def read_laid_out(payload: Any, max_rows: int) -> tuple[Any, tuple[Column, ...]]
     """`read_batch`, and how its columns are stored."""
     buffer = pa.py_buffer(payload)
     try:
-        described = _refuse_compression(buffer)
+        described = _walk(memoryview(buffer))
+        is_usual = described is not None
+        if described is None:
+            described = _refuse_compression(buffer)
         layout = _layouts.get(described)
         with pa.ipc.open_stream(buffer) as stream:
             if layout is None:
@@ -54,7 +57,7 @@ def read_laid_out(payload: Any, max_rows: int) -> tuple[Any, tuple[Column, ...]]
             batch = stream.read_next_batch()
             if batch.num_rows > max_rows:
                 raise InvalidRequest("arrow", f"at most {max_rows} rows per batch allowed, got {batch.num_rows}")
-            if next(iter(stream), None) is not None:
+            if not is_usual and next(iter(stream), None) is not None:
                 raise InvalidRequest("arrow", "one record batch wanted, got more")
         batch.validate(full=True)  # offsets in range, text is UTF-8: nothing after this trusts the sender
     except (pa.ArrowException, OSError, StopIteration, ValueError) as error:  # ValueError: a name is not UTF-8
@@ -136,33 +139,71 @@ def _wanted(name: str) -> str:
 
 # --- compression ----------------------------------------------------------------------------------
 
-_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
+_SCHEMA, _DICTIONARY_BATCH, _RECORD_BATCH = 1, 2, 3
+_FRAME = struct.Struct("<Ii")
+"""In front of each message: a mark, and the bytes of its metadata; 0: the end."""
+_MARK = 0xFFFFFFFF
+
+
+def _walk(stream: memoryview) -> bytes | None:
+    """The message of the schema, when the stream is as producers send it: a schema, dictionaries, one record batch, and
+    nothing more; None when the library must look at it. In one go, because every call of the library's reader lets go
+    of the interpreter's lock, and has to wait for it again when the server is busy.
+
+    Raises:
+        InvalidRequest: see `_refuse_compression`.
+    """
+    at, first, kind = 0, b"", 0
+    wanted: tuple[int, ...] = (_SCHEMA,)
+    while at + _FRAME.size <= len(stream):
+        mark, size = _FRAME.unpack_from(stream, at)
+        body_at = at + _FRAME.size + size
+        if mark != _MARK or size < 0 or body_at > len(stream):
+            return None
+        if size == 0:
+            return first if kind == _RECORD_BATCH else None
+        metadata = bytes(stream[body_at - size : body_at])
+        kind, body_bytes = _refuse_compressed(metadata)
+        if kind not in wanted or body_bytes < 0:
+            return None
+        at = body_at + body_bytes
+        first = first or metadata
+        wanted = () if kind == _RECORD_BATCH else (_DICTIONARY_BATCH, _RECORD_BATCH)
+    return first if kind == _RECORD_BATCH and at == len(stream) else None
 
 
 def _refuse_compression(buffer: Any) -> bytes:
-    """Raises InvalidRequest when a body is compressed: a small message could then take any amount of memory.
-
-    Reads three fields of the flatbuffers in front of the bodies (Message.fbs of the Arrow format, version 5),
-    because the library offers no such option. Returns the first of them, that of the schema.
-    """
+    """Raises InvalidRequest when a body is compressed: a small message could then take any amount of memory. Returns
+    the first message, that of the schema."""
     first = b""
     for message in pa.ipc.MessageReader.open_stream(buffer):
         metadata = message.metadata.to_pybytes()
         first = first or metadata
-        try:
-            root = struct.unpack_from("<I", metadata, 0)[0]
-            kind_at = _field(metadata, root, 1)
-            kind = metadata[kind_at] if kind_at else 0
-            if kind not in (_DICTIONARY_BATCH, _RECORD_BATCH):
-                continue
-            header = _follow(metadata, _field(metadata, root, 2))
-            if kind == _DICTIONARY_BATCH:
-                header = _follow(metadata, _field(metadata, header, 1))
-            if _field(metadata, header, 3):
-                raise InvalidRequest("arrow", "compressed bodies are not taken; send them uncompressed")
-        except (struct.error, IndexError) as error:
-            raise InvalidRequest("arrow", "its metadata cannot be read") from error
+        _refuse_compressed(metadata)
     return first
+
+
+def _refuse_compressed(metadata: bytes) -> tuple[int, int]:
+    """Kind of a message, and bytes of its body; raises InvalidRequest when that is compressed.
+
+    Reads four fields of the flatbuffers in front of the bodies (Message.fbs of the Arrow format, version 5), because
+    the library offers no such option.
+    """
+    try:
+        root = struct.unpack_from("<I", metadata, 0)[0]
+        kind_at, body_at = _field(metadata, root, 1), _field(metadata, root, 3)
+        kind = metadata[kind_at] if kind_at else 0
+        body_bytes: int = struct.unpack_from("<q", metadata, body_at)[0] if body_at else 0
+        if kind not in (_DICTIONARY_BATCH, _RECORD_BATCH):
+            return kind, body_bytes
+        header = _follow(metadata, _field(metadata, root, 2))
+        if kind == _DICTIONARY_BATCH:
+            header = _follow(metadata, _field(metadata, header, 1))
+        if _field(metadata, header, 3):
+            raise InvalidRequest("arrow", "compressed bodies are not taken; send them uncompressed")
+    except (struct.error, IndexError) as error:
+        raise InvalidRequest("arrow", "its metadata cannot be read") from error
+    return kind, body_bytes
 
 
 def _field(metadata: bytes, table: int, number: int) -> int:

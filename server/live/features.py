@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.counters import COUNTERS, HALF_LIVES_MS, decay_factors, estimate_distinct, saturation
+from kernels.counters import COUNTERS, HALF_LIVES_MS, decay_factors, saturation
 from kernels.programs import ATTRIBUTES, PER_MINUTE, Code, FeatureProgram, Number, Op
+from kernels.sessions import estimate_distinct
 from server.errors import ConfigError
 from server.live.columns import Columns
 

@@ -21,6 +21,7 @@ from kernels import fence
 from kernels.counters import COUNTERS, next_landmark
 from kernels.dedup import WORDS
 from kernels.idmap import IdMap
+from kernels.settled import Settled, next_change_ms, settle
 from server.config import TableSettings
 from server.live.accumulators import FIRST_COUNTER, SECOND_COUNTER, Accumulators, Counted, HostAccumulators
 from server.live.columns import Columns
@@ -165,7 +166,7 @@ class LiveTable:
             fenced.codes[refused] = fence.TOO_MANY_STREAMS
         if events.started:
             self.accumulators.clear_sessions(np.unique(slots[fenced.new_session]))
-        settled = fence.settle(
+        settled = settle(
             fenced.codes, slots, events.kind, events.epoch, self.columns.epoch, self._mark
         )  # fmt: skip
         self.accumulators.liveness_changed(settled.touched)
@@ -186,7 +187,7 @@ class LiveTable:
 
     def _change_ms(self, slots: NDArray[np.int32] | int) -> int:
         settings = self.settings
-        return fence.next_change_ms(
+        return next_change_ms(
             self.columns.liveness(), slots, grace_ms=settings.grace_ms, tombstone_ms=settings.tombstone_ms
         )
 
@@ -287,7 +288,7 @@ class LiveTable:
     def _write_embedding(self, slot: int, embedding: NDArray[np.float32]) -> None:
         self.write_embeddings(np.array([slot], np.int32), embedding[None])
 
-    def _count(self, events: EventColumns, slots: NDArray[np.int32], settled: fence.Settled) -> None:
+    def _count(self, events: EventColumns, slots: NDArray[np.int32], settled: Settled) -> None:
         """Counters, gauges and sketches of the applied events that belong to the current session."""
         if self.follower is not None:
             self.follower.applied(self, events, slots, settled.current)

@@ -8,8 +8,8 @@ from pathlib import Path
 from server.errors import LogError
 
 STEP_RECORDS = 256
-STEP_PAGES = 256
-"""Pages given back to the file system per step; with 4 KiB pages, 1 MiB."""
+STEP_BYTES = 1 << 20
+"""Given back to the file system per step."""
 
 
 class LogTrimmer:
@@ -21,6 +21,7 @@ class LogTrimmer:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._db: sqlite3.Connection | None = None
+        self._step_pages = 0
 
     def step(self, before: int) -> int:
         """Deletes at most `STEP_RECORDS` records older than ``before``, but never the newest; returns how many.
@@ -33,12 +34,13 @@ class LogTrimmer:
                 self._db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
                 self._db.execute("PRAGMA synchronous=NORMAL")
                 self._db.execute("PRAGMA journal_size_limit=16777216")
+                self._step_pages = STEP_BYTES // int(self._db.execute("PRAGMA page_size").fetchone()[0])
             first, last = self._db.execute("SELECT MIN(record), MAX(record) FROM log").fetchone()
             if first is None or min(before, last) <= first:
                 return 0
             end = min(before, last, first + STEP_RECORDS)
             deleted = self._db.execute("DELETE FROM log WHERE record < ?", (end,)).rowcount
-            self._db.execute(f"PRAGMA incremental_vacuum({STEP_PAGES})").fetchall()
+            self._db.execute(f"PRAGMA incremental_vacuum({self._step_pages})").fetchall()
         except sqlite3.Error as error:
             raise LogError(f"{self._path}: cannot delete old records: {error}") from error
         return int(deleted)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import counters as k
+from kernels import sessions
 
 N = k.N_COUNTERS
 
@@ -91,12 +92,12 @@ def test_distinct_estimates_are_within_four_standard_errors(distinct: int) -> No
     hashes = np.concatenate([hashes, hashes])  # seen twice, counted once
     n = len(hashes)
     registers, chatters = np.zeros((1, 128), np.uint8), np.zeros((1, 128), np.uint8)
-    k.observe(
+    sessions.observe(
         np.zeros(n, np.int32), np.zeros(n, np.int64), np.full(n, -1.0), hashes, np.zeros(n, bool),
         np.zeros(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.int64), registers, chatters,
     )  # fmt: skip
-    estimate = float(k.estimate_distinct(registers)[0])
-    assert estimate == pytest.approx(float(k.estimate_distinct_reference(registers)[0]), rel=1e-6)
+    estimate = float(sessions.estimate_distinct(registers)[0])
+    assert estimate == pytest.approx(float(sessions.estimate_distinct_reference(registers)[0]), rel=1e-6)
     assert abs(estimate - distinct) <= 4 * 1.04 / math.sqrt(128) * distinct + 0.5
     assert not chatters.any()
 
@@ -104,7 +105,7 @@ def test_distinct_estimates_are_within_four_standard_errors(distinct: int) -> No
 def test_the_viewer_gauge_keeps_the_latest_event_time_not_the_latest_arrival() -> None:
     viewers, at = np.zeros(1, np.float32), np.zeros(1, np.int64)
     times = np.array([3_000, 1_000], np.int64)
-    k.observe(
+    sessions.observe(
         np.zeros(2, np.int32), times, np.array([30.0, 10.0]), np.zeros(2, np.uint64), np.zeros(2, bool),
         np.zeros(1, np.int64), viewers, at, np.zeros((1, 128), np.uint8), np.zeros((1, 128), np.uint8),
     )  # fmt: skip

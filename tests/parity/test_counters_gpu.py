@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kernels import counters as host
 from kernels import counters_gpu as device
+from kernels import sessions
 from tests.device import DEVICE, empty, get, put
 
 LANDMARK_MS = 1_700_000_000_000
@@ -81,7 +82,7 @@ class Observed:
 
     def observe(self, *events: NDArray[np.generic]) -> None:
         slots, time_ms, viewers, hashes, chat = events
-        host.observe(slots, time_ms, viewers, hashes, chat, *self.host.values())
+        sessions.observe(slots, time_ms, viewers, hashes, chat, *self.host.values())
         device.observe(
             put(slots), put(time_ms), put(viewers.astype(np.float32)), put(hashes), put(chat), **self.device,
             winner=self.winner,
@@ -143,7 +144,7 @@ def test_every_distinct_estimate_is_the_cpus() -> None:
     registers[100] = 51  # full
     out = empty((150,), torch.float32)
     device.estimate_distinct(put(registers), out=out)
-    np.testing.assert_allclose(get(out), host.estimate_distinct(registers), rtol=1e-6)
+    np.testing.assert_allclose(get(out), sessions.estimate_distinct(registers), rtol=1e-6)
     assert get(out)[0] == 0.0
 
 

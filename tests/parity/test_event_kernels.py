@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kernels import counters, fence
+from kernels import counters, settled
+from kernels import sessions as kernel
 from server.live.accumulators import FIRST_COUNTER, SECOND_COUNTER
 from tests.events import T0, apply, event, new_table, small_settings, started
 
@@ -13,8 +14,8 @@ ROWS = 9
 KINDS = np.array([10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25], np.uint8)
 
 
-def sessions() -> counters.Sessions:
-    return counters.Sessions(
+def sessions() -> kernel.Sessions:
+    return kernel.Sessions(
         np.zeros((ROWS, counters.N_COUNTERS, 3), np.float32), np.zeros(ROWS, np.int64), np.zeros(ROWS, np.float32),
         np.zeros(ROWS, np.int64), np.zeros((ROWS, 128), np.uint8), np.zeros((ROWS, 128), np.uint8),
     )  # fmt: skip
@@ -27,8 +28,8 @@ def test_settling_and_counting_equal_their_references_bit_for_bit(n: int) -> Non
     slots = np.where(codes == 0, rng.integers(0, ROWS, n), -1).astype(np.int32)
     kinds, epochs = rng.choice(KINDS, n), rng.integers(0, 3, n)
     row_epochs, mark = rng.integers(1, 3, ROWS), np.zeros(ROWS, np.bool_)
-    found = fence.settle(codes, slots, kinds, epochs, row_epochs, mark)
-    plain = fence.settle_reference(codes, slots, kinds, epochs, row_epochs, mark)
+    found = settled.settle(codes, slots, kinds, epochs, row_epochs, mark)
+    plain = settled.settle_reference(codes, slots, kinds, epochs, row_epochs, mark)
     assert not mark.any() and np.array_equal(np.sort(found.touched), plain.touched)
     for name in ("current", "by_kind", "current_by_kind", "by_code"):
         np.testing.assert_array_equal(getattr(found, name), getattr(plain, name), name)
@@ -37,7 +38,7 @@ def test_settling_and_counting_equal_their_references_bit_for_bit(n: int) -> Non
     times = np.repeat(rng.integers(0, 3_600_000, n), 2)[:n]  # some come twice in a row
     events = (slots, kinds, rng.exponential(5.0, n), times, hashes, found.current)
     one, other = sessions(), sessions()
-    for count, into in ((counters.count_events, one), (counters.count_events_reference, other)):
+    for count, into in ((kernel.count_events, one), (kernel.count_events_reference, other)):
         count(into, *events, 0, first_counter=FIRST_COUNTER, second_counter=SECOND_COUNTER, gauge=13, chat=17)
     for name, ours, theirs in zip(one._fields, one, other):
         np.testing.assert_array_equal(ours, theirs, name)
@@ -48,15 +49,15 @@ def test_columns_of_other_lengths_are_refused_by_name() -> None:
     four, mark = np.zeros(4, np.int64), np.zeros(ROWS, np.bool_)
     codes, slots, kinds = np.zeros(4, np.uint8), np.zeros(4, np.int32), np.zeros(4, np.uint8)
     with pytest.raises(ValueError, match="epochs: shape"):
-        fence.settle(codes, slots, kinds, four[:3], np.zeros(ROWS, np.int64), mark)
+        settled.settle(codes, slots, kinds, four[:3], np.zeros(ROWS, np.int64), mark)
     with pytest.raises(ValueError, match="mark: shape"):
-        fence.settle(codes, slots, kinds, four, np.zeros(ROWS + 1, np.int64), mark)
+        settled.settle(codes, slots, kinds, four, np.zeros(ROWS + 1, np.int64), mark)
     tables = {"first_counter": FIRST_COUNTER, "second_counter": SECOND_COUNTER, "gauge": 13, "chat": 17}
     columns = [slots, kinds, np.zeros(4), four, np.zeros(4, np.uint64), np.ones(4, np.bool_)]
     with pytest.raises(ValueError, match="slots: 0 to 8 allowed"):
-        counters.count_events(sessions(), slots + np.int32(9), *columns[1:], 0, **tables)
+        kernel.count_events(sessions(), slots + np.int32(9), *columns[1:], 0, **tables)
     with pytest.raises(ValueError, match="values: shape"):
-        counters.count_events(sessions(), *columns[:2], np.zeros(3), *columns[3:], 0, **tables)
+        kernel.count_events(sessions(), *columns[:2], np.zeros(3), *columns[3:], 0, **tables)
 
 
 def test_expiring_skips_nothing_whatever_came_before() -> None:
@@ -91,6 +92,6 @@ def test_nothing_is_due_before_the_first_lease_ends() -> None:
     table = new_table(small_settings())
     apply(table, started("s", 1))
     table.expire(T0)
-    assert fence.next_change_ms(table.columns.liveness(), table.rows, grace_ms=1, tombstone_ms=1) == T0 + 10_000
-    assert fence.next_change_ms(table.columns.liveness(), 0, grace_ms=1, tombstone_ms=1) == fence.NEVER_MS
+    assert settled.next_change_ms(table.columns.liveness(), table.rows, grace_ms=1, tombstone_ms=1) == T0 + 10_000
+    assert settled.next_change_ms(table.columns.liveness(), 0, grace_ms=1, tombstone_ms=1) == settled.NEVER_MS
     assert table.expire(T0 + 10_000).suspects == 1

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from liverank.v1 import ingest_pb2 as pb
 
 from server.errors import InvalidRequest
+from server.live import arrow_schema
 from server.live.arrow_events import decode_by_row
 from server.live.event_checks import MAX_TIME_MS
 from server.live.events import DecodedBatch, EventColumns, Marks, decode_batch
@@ -276,3 +277,63 @@ def test_both_forms_leave_the_same_table() -> None:
     other.apply(decode_batch(payload(to_ipc(to_batch(to_rows(events)))), SETTINGS).events, T0)
     for name, column in vars(one.columns).items():
         np.testing.assert_array_equal(column, getattr(other.columns, name), err_msg=name)
+
+
+def outcome(sent: bytes) -> Any:
+    """What is read from a stream: its columns, or what the caller is told."""
+    try:
+        found = arrow_schema.read_batch(sent, 100)
+    except InvalidRequest as refused:
+        return str(refused)
+    return found.to_pydict()
+
+
+def streams() -> list[bytes]:
+    """As producers send them, and as they should not."""
+    made = to_batch(to_rows(ONE_OF_EACH))
+    usual = to_ipc(made)
+    legacy = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(use_legacy_format=True)
+    with pa.ipc.new_stream(legacy, made.schema, options=options) as writer:
+        writer.write_batch(made)
+    return [
+        usual, usual[:-8], usual[:-4], usual + usual, to_ipc(made, made), to_ipc(made, compression="zstd"),
+        bytes(legacy.getvalue()), b"", usual[: usual.index(b"sequence")],
+        to_ipc(to_batch(to_rows(ONE_OF_EACH), types={"kind": pa.utf8()})),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_a_stream_that_is_walked_means_what_the_library_says_it_means(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = streams()[number]
+    walked = outcome(sent)
+    monkeypatch.setattr(arrow_schema, "_walk", lambda stream: None)
+    assert walked == outcome(sent)
+
+
+def test_only_the_usual_stream_is_not_read_twice() -> None:
+    assert [arrow_schema._walk(memoryview(sent)) is not None for sent in (*streams()[:2], streams()[3])] == [True] * 3
+    for number in (2, 4, 6, 7, 8):
+        assert arrow_schema._walk(memoryview(streams()[number])) is None
+    with pytest.raises(InvalidRequest, match="compressed"):
+        arrow_schema._walk(memoryview(streams()[5]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damage_is_read_alike_with_and_without_the_walk(data: st.DataObject) -> None:
+    sent = bytearray(streams()[data.draw(st.sampled_from([0, 4, 5]))])
+    for _ in range(data.draw(st.integers(1, 3))):
+        sent[data.draw(st.integers(0, len(sent) - 1))] = data.draw(st.integers(0, 255))
+    sent = sent[: data.draw(st.sampled_from([len(sent), data.draw(st.integers(0, len(sent)))]))]
+    arrow_schema._layouts.clear()
+    walked = outcome(bytes(sent))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(arrow_schema, "_walk", lambda stream: None)
+        arrow_schema._layouts.clear()
+        plain = outcome(bytes(sent))
+    assert isinstance(walked, str) == isinstance(plain, str)
+    if not isinstance(walked, str):
+        assert repr(walked) == repr(plain)
