@@ -135,7 +135,8 @@ class _Edge:
                         os.close(descriptor)
                     logger.error("something that is no edge of this version connected: %r", hello)
                     return
-                self._asks, self._answers = RingReader(*descriptors[:2], waits=False), RingWriter(*descriptors[2:])
+                self._asks = RingReader(descriptors[0], descriptors[1], waits=False)
+                self._answers = RingWriter(*descriptors[2:])
                 self._converse(connection, self._asks, self._answers)
             except (OSError, ValueError) as error:
                 logger.error("an edge is gone: %s", error)
@@ -192,7 +193,9 @@ class _Edge:
         if not calls:
             return
         with self._lock:
-            self._waiting.update((call.done.number, call.done) for call in calls)  # type: ignore[attr-defined]
+            for call in calls:
+                assert isinstance(call.done, RingAnswer)
+                self._waiting[call.done.number] = call.done
         try:
             taken = self._engine.put(calls)
         except LiverankError as error:

@@ -131,6 +131,25 @@ def test_between_two_processes_nothing_is_lost_torn_or_reordered() -> None:
     assert got == messages and child.exitcode == 0
 
 
+def _come_further(ring: tuple[int, int], steps: int) -> None:
+    reader = RingReader(*ring)
+    for _ in range(steps):
+        reader._at += 8
+        reader._tell_done()
+
+
+def test_how_far_the_reader_has_come_never_looks_less_than_it_was() -> None:
+    ring = new_ring(64)
+    writer, seen = RingWriter(*ring), 0
+    child = multiprocessing.get_context("fork").Process(target=_come_further, args=(ring, 1_500_000))
+    child.start()
+    while child.is_alive():
+        for _ in range(10_000):
+            before, seen = seen, writer.done
+            assert seen >= before
+    assert child.exitcode == 0 and writer.done == 8 * 1_500_000
+
+
 texts = st.text(max_size=20)
 queries = st.builds(
     RankQuery,
