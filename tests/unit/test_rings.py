@@ -19,6 +19,7 @@ from server.edges.records import (
     AnswerKind,
     Asks,
     pack_gone,
+    pack_headless,
     pack_leave,
     pack_refused,
     pack_reply,
@@ -189,6 +190,8 @@ def test_leaving_and_answers_are_the_same_on_the_other_side() -> None:
     assert left.number == 7 and left.query is None
     assert unpack_answer(pack_reply(8, 2.5, b"reply")) == (8, 2.5, AnswerKind.REPLY, False, b"reply")
     assert unpack_answer(pack_gone(9))[::2] == (9, AnswerKind.GONE, b"")
+    one = pack_headless(10, 2.5, True, (b"re", memoryview(b"st")))
+    assert unpack_answer(one) == (10, 2.5, AnswerKind.HEADLESS, True, b"rest")
     heads = reply_heads([10, 11], 2.5, np.array([False, True]))
     assert [unpack_answer(head.tobytes() + b"rest") for head in heads] == [
         (10, 2.5, AnswerKind.HEADLESS, False, b"rest"),
