@@ -16,9 +16,10 @@ class Alarm:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._told = threading.Condition(self._lock)  # half the price, where no descriptor is watched
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._watched: list[int] = [self._event]
-        self._waits = False
+        self._watched: list[int] = []
+        self._waits = False  # for a descriptor, that of notices among them
 
     def __enter__(self) -> Alarm:
         self._lock.acquire()
@@ -37,14 +38,19 @@ class Alarm:
         if self._waits:
             self._waits = False
             os.eventfd_write(self._event, 1)
+        else:
+            self._told.notify()
 
     def wait(self, timeout_s: float) -> None:
         """Gives the lock away until notified, until a watched descriptor has something to read, or for so long. With
         the lock held, once."""
+        if not self._watched:
+            self._told.wait(timeout_s)
+            return
         self._waits, watched = True, self._watched
         self._lock.release()
         try:
-            select.select(watched, (), (), timeout_s)
+            select.select((self._event, *watched), (), (), timeout_s)
         except OSError:
             # One of them was closed just now.
             if watched is self._watched:

@@ -34,6 +34,14 @@ FEATURES = FeatureSet.load(TableSettings().features_file)
 SMALL = {"capacity": 256, "embedding_dim": 4, "lease_ms": 10_000, "grace_ms": 20_000}
 
 
+_EDGE_OF: dict[App, Edge] = {}
+
+
+def queued_rows(app: App) -> int:
+    """Viewers that wait to be ranked, those in the ring of an edge included."""
+    return _EDGE_OF[app].link.queued_rows if app in _EDGE_OF else app.engine.queued_rows
+
+
 def put_current_model(repository: Path, version: int = 1, seed: int = 1) -> None:
     """A small model of the current feature schema, as `trendiness`."""
     model = small_net(seed, len(FEATURES), FEATURES.schema)
@@ -132,9 +140,10 @@ def _app_behind_an_edge(settings: Settings, clock: Clock, on_fault: Callable[[],
         edge = Edge(settings, clock, Path(folder))
         try:
             edge.start()
-            app.port = edge.port
+            app.port, _EDGE_OF[app] = edge.port, edge
             yield app
         finally:
+            _EDGE_OF.pop(app, None)
             assert edge.drain(), "calls were cut off at the edge"
             assert app.drain(), "calls were cut off"
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from server.batching.base import Waiting
 from server.edges.link import HELLO
-from server.edges.records import Asks, pack_gone, pack_refused, pack_reply, reply_heads
+from server.edges.records import Asks, pack_gone, pack_headless, pack_refused, pack_reply, reply_heads
 from server.edges.ring import RingClosed, RingReader, RingWriter
 from server.engine import Engine
 from server.errors import LiverankError
@@ -27,6 +27,8 @@ from server.retrieval.query import RankQuery
 logger = logging.getLogger(__name__)
 
 _DESCRIPTORS = 4
+FEW = 4
+"""Fewer replies are cheaper written one by one than as columns."""
 
 
 class Intake:
@@ -135,7 +137,8 @@ class _Edge:
                         os.close(descriptor)
                     logger.error("something that is no edge of this version connected: %r", hello)
                     return
-                self._asks, self._answers = RingReader(*descriptors[:2], waits=False), RingWriter(*descriptors[2:])
+                self._asks = RingReader(descriptors[0], descriptors[1], waits=False)
+                self._answers = RingWriter(*descriptors[2:])
                 self._converse(connection, self._asks, self._answers)
             except (OSError, ValueError) as error:
                 logger.error("an edge is gone: %s", error)
@@ -192,7 +195,9 @@ class _Edge:
         if not calls:
             return
         with self._lock:
-            self._waiting.update((call.done.number, call.done) for call in calls)  # type: ignore[attr-defined]
+            for call in calls:
+                assert isinstance(call.done, RingAnswer)
+                self._waiting[call.done.number] = call.done
         try:
             taken = self._engine.put(calls)
         except LiverankError as error:
@@ -214,15 +219,14 @@ class _Edge:
             for answer, row in zip(answers, rows, strict=True):
                 answer.set_result([replies[row]])
             return
-        numbers, which = [answer.number for answer in answers], np.array(rows, np.int64)
-        heads = reply_heads(numbers, replies.began_s, replies.seen[which] > 0)
+        numbers = [answer.number for answer in answers]
         for answer in answers:
             answer.stopped = True
         with self._lock:
             for number in numbers:
                 self._waiting.pop(number, None)
         try:
-            put = self._answers.put_rows(heads, replies.common, replies.streams, replies.offsets, which)
+            put = _put(self._answers, numbers, replies, rows)
         except RingClosed:
             logger.debug("answers for an edge that is gone")
         else:
@@ -238,6 +242,21 @@ class _Edge:
         """The call was answered."""
         with self._lock:
             self._waiting.pop(number, None)
+
+
+def _put(ring: RingWriter, numbers: list[int], replies: Replies, rows: Sequence[int]) -> int:
+    """Writes the replies of these rows for these numbers; returns how many found room."""
+    began_s = replies.began_s
+    if len(numbers) < FEW:
+        return ring.put(
+            [
+                pack_headless(number, began_s, bool(replies.seen[row]), replies.rest(row))
+                for number, row in zip(numbers, rows, strict=True)
+            ]
+        )
+    which = np.array(rows, np.int64)
+    heads = reply_heads(numbers, began_s, replies.seen[which] > 0)
+    return ring.put_rows(heads, replies.common, replies.streams, replies.offsets, which)
 
 
 class RingAnswer:

@@ -162,6 +162,11 @@ def reply_heads(numbers: list[int], begun_s: float, seen: NDArray[np.bool_]) -> 
     return heads.view(np.uint8).reshape(len(numbers), _ANSWER.itemsize)
 
 
+def pack_headless(number: int, begun_s: float, seen: bool, rest: tuple[bytes, memoryview]) -> bytes:
+    """One HEADLESS answer."""
+    return b"".join((_ANSWER_HEAD.pack(number, begun_s, AnswerKind.HEADLESS, seen), *rest))
+
+
 def pack_reply(number: int, begun_s: float, reply: bytes) -> bytes:
     """``begun_s``: when its batch began, monotonic, the machine's."""
     return _ANSWER_HEAD.pack(number, begun_s, AnswerKind.REPLY, 0) + reply

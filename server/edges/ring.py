@@ -21,7 +21,6 @@ from kernels.rings import SKIP, lay_messages
 
 HEADER_BYTES = 64
 _LENGTH = struct.Struct("<q")
-_DONE = struct.Struct("<Q")
 
 
 class RingClosed(Exception):
@@ -37,9 +36,17 @@ class _Ring:
         self.capacity_bytes = size - HEADER_BYTES
         self._map = mmap.mmap(memory, size)
         self._view = memoryview(self._map)
+        self._words = self._view[:HEADER_BYTES].cast(
+            "Q"
+        )  # one word is written and read as a whole; by struct it is not
         self._at = 0  # bytes written, or read, since the beginning
         self._lock = threading.Lock()
         self._closed = False
+
+    @property
+    def done(self) -> int:
+        """Bytes that the reader has taken since the beginning."""
+        return self._words[0]
 
     def release(self) -> None:
         """Gives memory and descriptors back; this end raises RingClosed from now on. Any thread, but for a reader
@@ -48,6 +55,7 @@ class _Ring:
             if self._closed:
                 return
             self._closed = True
+            self._words.release()
             self._view.release()
             self._let_go()
             self._map.close()
@@ -100,9 +108,8 @@ class RingWriter(_Ring):
         with self._lock:
             if self._closed or self._bytes is None:
                 raise RingClosed
-            (done,) = _DONE.unpack_from(self._view, 0)
             shared = np.frombuffer(common, np.uint8)
-            self._at, written = lay_messages(self._bytes, self._at, done, heads, shared, rows, offsets, which)
+            self._at, written = lay_messages(self._bytes, self._at, self.done, heads, shared, rows, offsets, which)
             if written:
                 os.eventfd_write(self.event, written)
             return written
@@ -111,8 +118,7 @@ class RingWriter(_Ring):
         need = 8 + (len(message) + 7 & ~7)
         place = self._at % self.capacity_bytes
         skipped = self.capacity_bytes - place if place + need > self.capacity_bytes else 0
-        (done,) = _DONE.unpack_from(self._view, 0)
-        if self._at + skipped + need - done > self.capacity_bytes:
+        if self._at + skipped + need - self.done > self.capacity_bytes:
             return False
         if skipped:
             _LENGTH.pack_into(self._view, HEADER_BYTES + place, SKIP)
@@ -163,8 +169,11 @@ class RingReader(_Ring):
 
     def _take(self, count: int) -> list[bytes]:
         messages = [self._read() for _ in range(count)]
-        _DONE.pack_into(self._view, 0, self._at)
+        self._tell_done()
         return messages
+
+    def _tell_done(self) -> None:
+        self._words[0] = self._at
 
     def _read(self) -> bytes:
         place = self._at % self.capacity_bytes

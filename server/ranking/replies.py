@@ -50,6 +50,11 @@ class Replies(Sequence[bytes]):
         head = head_of(self.queries[b], self.began_s, bool(seen[b]))
         return b"".join((head, self.common, streams[bounds[b] : bounds[b + 1]]))
 
+    def rest(self, b: int) -> tuple[bytes, memoryview]:
+        """Reply b without its head."""
+        streams, bounds, _ = self._for_one
+        return self.common, streams[bounds[b] : bounds[b + 1]]
+
     @cached_property
     def _for_one(self) -> tuple[memoryview, list[int], list[int]]:
         return memoryview(self.streams), self.offsets.tolist(), self.seen.tolist()  # type: ignore[arg-type]

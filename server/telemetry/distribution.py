@@ -10,7 +10,6 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 
 class Bins:
@@ -56,7 +55,7 @@ class Distribution(Collector):
         registry: CollectorRegistry,
     ) -> None:
         self._name, self._documentation, self._labelnames = name, documentation, tuple(labelnames)
-        self._bounds, self._lock = tuple(buckets), threading.Lock()
+        self._bounds, self._lock = tuple(map(float, buckets)), threading.Lock()
         self._bins: dict[tuple[str, ...], Bins] = {} if labelnames else {(): Bins(self._bounds)}
         registry.register(self)
 
@@ -82,7 +81,7 @@ class Distribution(Collector):
         (family,) = self.describe()
         with self._lock:
             bins = list(self._bins.items())
-        bounds = [floatToGoString(bound) for bound in (*self._bounds, float("inf"))]
+        bounds = [*map(repr, self._bounds), "+Inf"]
         for values, one in bins:
             counts, total = one.cumulated()
             family.add_metric(values, [*zip(bounds, counts, strict=True)], total)

@@ -15,7 +15,7 @@ from liverank.v1 import admin_pb2, ranking_pb2
 
 from kernels import fence
 from server.clock import ManualClock
-from tests.app import Client, running_app, status_of
+from tests.app import Client, queued_rows, running_app, status_of
 from tests.events import T0, event, started
 from tests.triton_server import eventually
 
@@ -314,7 +314,7 @@ def test_overload_is_refused_early_with_a_hint_when_to_retry(tmp_path: Path) -> 
         client.app.engine.call(lambda: (held.set(), release.wait(10.0)))  # the engine is busy
         assert held.wait(10.0)
         waiting = [client.ranking.Rank.future(ranking_pb2.RankRequest(), timeout=10.0) for _ in range(3)]
-        eventually(lambda: client.app.engine.queued_rows == 3, what="the queue is full")
+        eventually(lambda: queued_rows(client.app) == 3, what="the queue is full")
         with pytest.raises(grpc.RpcError) as refused:
             client.rank()
         release.set()

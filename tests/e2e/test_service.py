@@ -20,7 +20,7 @@ from server.clock import ManualClock
 from server.config import parse_settings
 from server.engine import Engine
 from server.warmup import warm_up
-from tests.app import SMALL, Client, running_app
+from tests.app import SMALL, Client, queued_rows, running_app
 from tests.events import T0, event, started
 from tests.triton_server import eventually
 
@@ -82,7 +82,7 @@ def test_a_drain_answers_what_is_in_flight_and_refuses_what_comes_later(tmp_path
         client.app.engine.call(lambda: (held.set(), release.wait(10.0)))
         assert held.wait(10.0)
         in_flight = client.ranking.Rank.future(ranking_pb2.RankRequest(), timeout=10.0)
-        eventually(lambda: client.app.engine.queued_rows == 1, what="the call waits for the engine")
+        eventually(lambda: queued_rows(client.app) == 1, what="the call waits for the engine")
         drained: list[bool] = []
         draining = threading.Thread(target=lambda: drained.append(client.app.drain()))
         draining.start()

@@ -30,8 +30,11 @@ def waiting(alarm: Alarm, held: threading.Event) -> tuple[threading.Thread, list
     return thread, took_s
 
 
-def test_a_notice_given_at_any_time_after_the_lock_was_held_ends_the_wait() -> None:
-    alarm = Alarm()
+@pytest.mark.parametrize("watches", [False, True])
+def test_a_notice_given_at_any_time_after_the_lock_was_held_ends_the_wait(watches: bool) -> None:
+    alarm, event = Alarm(), os.eventfd(0)
+    if watches:
+        alarm.watch(event)
     for _ in range(50):
         thread, took_s = waiting(alarm, threading.Event())
         with alarm:  # only once it waits
@@ -71,8 +74,20 @@ def test_a_descriptor_that_is_forgotten_and_closed_during_a_wait_does_no_harm() 
         assert took_s[0] < LONG_S
 
 
-def test_a_notice_to_nobody_does_not_end_the_next_wait() -> None:
-    alarm = Alarm()
+def test_a_wait_ends_when_something_to_watch_is_added() -> None:
+    alarm, event = Alarm(), os.eventfd(1)
+    thread, took_s = waiting(alarm, threading.Event())
+    alarm.watch(event)
+    thread.join()
+    assert took_s[0] < LONG_S
+    os.close(event)
+
+
+@pytest.mark.parametrize("watches", [False, True])
+def test_a_notice_to_nobody_does_not_end_the_next_wait(watches: bool) -> None:
+    alarm, event = Alarm(), os.eventfd(0)
+    if watches:
+        alarm.watch(event)
     with alarm:
         alarm.notify()
         begun_s = time.monotonic()

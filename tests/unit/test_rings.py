@@ -19,6 +19,7 @@ from server.edges.records import (
     AnswerKind,
     Asks,
     pack_gone,
+    pack_headless,
     pack_leave,
     pack_refused,
     pack_reply,
@@ -131,6 +132,25 @@ def test_between_two_processes_nothing_is_lost_torn_or_reordered() -> None:
     assert got == messages and child.exitcode == 0
 
 
+def _come_further(ring: tuple[int, int], steps: int) -> None:
+    reader = RingReader(*ring)
+    for _ in range(steps):
+        reader._at += 8
+        reader._tell_done()
+
+
+def test_how_far_the_reader_has_come_never_looks_less_than_it_was() -> None:
+    ring = new_ring(64)
+    writer, seen = RingWriter(*ring), 0
+    child = multiprocessing.get_context("fork").Process(target=_come_further, args=(ring, 1_500_000))
+    child.start()
+    while child.is_alive():
+        for _ in range(10_000):
+            before, seen = seen, writer.done
+            assert seen >= before
+    assert child.exitcode == 0 and writer.done == 8 * 1_500_000
+
+
 texts = st.text(max_size=20)
 queries = st.builds(
     RankQuery,
@@ -170,6 +190,8 @@ def test_leaving_and_answers_are_the_same_on_the_other_side() -> None:
     assert left.number == 7 and left.query is None
     assert unpack_answer(pack_reply(8, 2.5, b"reply")) == (8, 2.5, AnswerKind.REPLY, False, b"reply")
     assert unpack_answer(pack_gone(9))[::2] == (9, AnswerKind.GONE, b"")
+    one = pack_headless(10, 2.5, True, (b"re", memoryview(b"st")))
+    assert unpack_answer(one) == (10, 2.5, AnswerKind.HEADLESS, True, b"rest")
     heads = reply_heads([10, 11], 2.5, np.array([False, True]))
     assert [unpack_answer(head.tobytes() + b"rest") for head in heads] == [
         (10, 2.5, AnswerKind.HEADLESS, False, b"rest"),
