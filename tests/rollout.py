@@ -10,6 +10,7 @@ import onnx
 from liverank.v1 import admin_pb2, ranking_pb2
 
 from loadtest.faults.nets import is_odd, on_lattice, put_model, small_net
+from server.rollout.shipping import PUSH_WAIT_S
 from tests.app import FEATURES, Client
 from tests.events import event, started
 from tests.triton_server import eventually
@@ -29,6 +30,8 @@ exploration_share = 0.0
 """
 METRICS = {"auc": 0.8}
 WHY = "it is better"
+AT_ONCE_S = PUSH_WAIT_S - 1.0
+"""Of a rollback: whoever waits for a push, a load or the rest of a start takes longer, even on a busy machine."""
 
 
 def lattice_net(version: int, seed: int = 1) -> onnx.ModelProto:

@@ -19,6 +19,7 @@ from server.rollout import shipping
 from tests.app import FEATURES, Client, running_app, status_of
 from tests.events import event
 from tests.rollout import (
+    AT_ONCE_S,
     METRICS,
     WHY,
     checked,
@@ -103,7 +104,7 @@ def test_a_version_goes_the_whole_way_and_comes_back(client: Client) -> None:
     client.tick()
     assert set(served(client).values()) == {"trendiness/2"}
 
-    back = client.admin.RollbackModel(pb.RollbackModelRequest(why="it was not"), timeout=1.0).rollout
+    back = client.admin.RollbackModel(pb.RollbackModelRequest(why="it was not"), timeout=AT_ONCE_S).rollout
     assert (back.serving, back.previous, back.answering) == (1, 0, 1)
     assert set(served(client).values()) == {"trendiness/1"}
     client.tick()
@@ -260,7 +261,7 @@ def test_a_restart_goes_on_where_the_rollout_stood(tmp_path: Path, percent: floa
         client.tick()
         assert set(served(client, 50).values()) == {"trendiness/2"}
         assert client.app.metrics.model_versions.labels(MODEL, "serving")._value.get() == 2
-        client.admin.RollbackModel(pb.RollbackModelRequest(why="after a restart, too"), timeout=1.0)
+        client.admin.RollbackModel(pb.RollbackModelRequest(why="after a restart, too"), timeout=AT_ONCE_S)
         assert set(served(client, 50).values()) == {"trendiness/1"}
 
 
@@ -420,7 +421,7 @@ def test_a_caller_who_goes_away_in_a_push_leaves_nothing_half_done(client: Clien
         rollout = listed(client).rollout
         return rollout.candidate == 2 or not client.app.shipping._pushing.locked()
 
-    eventually(settled, within_s=30.0, what="the push is over")
+    eventually(settled, what="the push is over")
     client.tick()
     assert set(served(client, 20).values()) == {"trendiness/1"}
     assert push(client).rollout.candidate == 2
