@@ -29,9 +29,8 @@ from server.log.commit import Submission
 from server.log.kafka_commit import KafkaCommit, _Pending
 from server.rpc.control import PRODUCER
 from tests.app import SMALL, Client, running_app, serving_app, status_of
-from tests.e2e.test_access import Publisher
 from tests.events import T0, batch, event, started
-from tests.secured import TOKENS, channel, write_access
+from tests.secured import TOKENS, Publisher, channel, write_access
 from tests.triton_server import eventually
 from tests.unit.test_snapshots import everything
 
