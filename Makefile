@@ -9,9 +9,9 @@ TESTING := $(VENV)/.testing-$(EXTRA)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROTOS := $(wildcard proto/liverank/v1/*.proto) proto/build_hook.py
 
-# Long files first, so that both workers end together.
+# Kernels first: what they compile, servers load from the cache. Then long files, so that both workers end together.
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
-TESTS := $(addprefix tests/,faults e2e parity contract unit)
+TESTS := $(addprefix tests/,parity faults e2e contract unit)
 # Run twice: in one process, and behind an edge.
 BEHIND_AN_EDGE := tests/e2e/test_ranking.py tests/e2e/test_liveness.py tests/e2e/test_columnar_publish.py
 
