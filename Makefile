@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROTOS := $(wildcard proto/liverank/v1/*.proto) proto/build_hook.py
 
 # Kernels first: what they compile, servers load from the cache. Then long files, so that both workers end together.
+# A core each: torch and BLAS would start a thread per core in both.
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 TESTS := $(addprefix tests/,parity faults e2e contract unit)
 # Run twice: in one process, and behind an edge.
@@ -23,7 +24,7 @@ demo: setup triton                 ## Triton, server, simulated platform: one mi
 serve: setup                       ## a server with the default settings (model in process)
 	$(BIN)/liverank serve
 test: $(TESTING) triton            ## all tests, a real Triton included
-	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not alone" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m "not alone" $(TESTS)
 	TESTS_BEHIND_AN_EDGE=1 $(BIN)/python -m pytest $(IN_PARALLEL) $(BEHIND_AN_EDGE)
 	$(BIN)/python -m pytest -m alone $(TESTS)
 check: $(TESTING)                  ## style, types, and what bandit finds suspicious
