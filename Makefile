@@ -11,7 +11,8 @@ PROTOS := $(wildcard proto/liverank/v1/*.proto) proto/build_hook.py
 
 # Kernels first: what they compile, servers load from the cache. Then long files, so that both workers end together.
 # A core each: torch and BLAS would start a thread per core in both.
-IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+WORKERS ?= 2
+IN_PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 TESTS := $(addprefix tests/,parity faults e2e contract unit)
 # Run twice: in one process, and behind an edge.
 BEHIND_AN_EDGE := tests/e2e/test_ranking.py tests/e2e/test_liveness.py tests/e2e/test_columnar_publish.py
