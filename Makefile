@@ -9,9 +9,11 @@ TESTING := $(VENV)/.testing-$(EXTRA)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROTOS := $(wildcard proto/liverank/v1/*.proto) proto/build_hook.py
 
-# Faults of processes that wait for conditions only, so that they may share the machine with other tests.
-PATIENT := $(addprefix tests/faults/,test_rollout_processes.py test_rollout_triton.py test_log_faults.py test_redis.py \
-	test_secrets.py test_ranker_triton.py)
+# Kernels first: what they compile, servers load from the cache. Then long files, so that both workers end together.
+# A core each: torch and BLAS would start a thread per core in both.
+WORKERS ?= 2
+IN_PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+TESTS := $(addprefix tests/,parity faults e2e contract unit)
 # Run twice: in one process, and behind an edge.
 BEHIND_AN_EDGE := tests/e2e/test_ranking.py tests/e2e/test_liveness.py tests/e2e/test_columnar_publish.py
 
@@ -23,9 +25,9 @@ demo: setup triton                 ## Triton, server, simulated platform: one mi
 serve: setup                       ## a server with the default settings (model in process)
 	$(BIN)/liverank serve
 test: $(TESTING) triton            ## all tests, a real Triton included
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/parity tests/contract tests/e2e $(PATIENT)
-	TESTS_BEHIND_AN_EDGE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(BEHIND_AN_EDGE)
-	$(BIN)/python -m pytest tests/faults $(PATIENT:%=--ignore=%)   # real processes and their times: one after the other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m "not alone" $(TESTS)
+	TESTS_BEHIND_AN_EDGE=1 $(BIN)/python -m pytest $(IN_PARALLEL) $(BEHIND_AN_EDGE)
+	$(BIN)/python -m pytest -m alone $(TESTS)
 check: $(TESTING)                  ## style, types, what bandit finds suspicious, dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

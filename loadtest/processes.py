@@ -96,7 +96,7 @@ def to_toml(settings: dict[str, dict[str, Any]]) -> str:
 def start_server(
     folder: Path,
     settings: dict[str, dict[str, Any]],
-    within_s: float = 90.0,
+    within_s: float = 180.0,
     module: str = "server",
     options: tuple[str, ...] = (),
 ) -> Server:
@@ -137,7 +137,7 @@ def start_server(
 
 
 @contextmanager
-def running_server(folder: Path, settings: dict[str, dict[str, Any]], within_s: float = 90.0) -> Iterator[Server]:
+def running_server(folder: Path, settings: dict[str, dict[str, Any]], within_s: float = 180.0) -> Iterator[Server]:
     """`start_server`, and an orderly stop at the end (or a kill, if that takes too long)."""
     server = start_server(folder, settings, within_s)
     try:

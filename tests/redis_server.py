@@ -83,7 +83,7 @@ def running_redis(port: int = 0) -> Iterator[RunningRedis]:
         )  # fmt: skip
         running = RunningRedis(process, chosen)
         try:
-            eventually(running.settled, 10.0, "redis-server answers")
+            eventually(running.settled, 30.0, "redis-server answers")
             if process.poll() is None:
                 yield running
                 return

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import onnx
 from liverank.v1 import admin_pb2, ranking_pb2
+from liverank.v1 import admin_pb2 as pb
 
 from loadtest.faults.nets import is_odd, on_lattice, put_model, small_net
+from server.rollout.shipping import PUSH_WAIT_S
 from tests.app import FEATURES, Client
 from tests.events import event, started
 from tests.triton_server import eventually
@@ -29,6 +31,9 @@ exploration_share = 0.0
 """
 METRICS = {"auc": 0.8}
 WHY = "it is better"
+MODEL = "trendiness"
+AT_ONCE_S = PUSH_WAIT_S - 1.0
+"""Of a rollback: whoever waits for a push, a load or the rest of a start takes longer, even on a busy machine."""
 
 
 def lattice_net(version: int, seed: int = 1) -> onnx.ModelProto:
@@ -44,7 +49,7 @@ def lattice_net(version: int, seed: int = 1) -> onnx.ModelProto:
 
 def put_lattice(repository: Path, version: int = 1, seed: int = 1) -> None:
     put_model(
-        repository, "trendiness", lattice_net(version, seed), version, FEATURES.schema, len(FEATURES)
+        repository, MODEL, lattice_net(version, seed), version, FEATURES.schema, len(FEATURES)
     )  # fmt: skip
 
 
@@ -88,7 +93,7 @@ def checked(reply: ranking_pb2.RankResponse) -> str:
 
 def refreshed(client: Client, times: int = 1) -> None:
     """So many refreshes that a candidate, too, has scored."""
-    path = client.app.shipping._paths["trendiness"]
+    path = client.app.shipping._paths[MODEL]
     trial = path.trial
 
     def is_idle() -> bool:
@@ -100,3 +105,31 @@ def refreshed(client: Client, times: int = 1) -> None:
         client.tick()
         eventually(is_idle, what="the candidate has scored")
         assert trial.refreshes + trial.failures == before + 1 and path.trial is trial
+
+
+def push(client: Client, version: int = 2, **given: object) -> pb.PushModelResponse:
+    wanted = {"files": files_of(lattice_net(version)), "why": WHY, **given}
+    return client.admin.PushModel(pb.PushModelRequest(version=version, **wanted), timeout=60.0)
+
+
+def served(client: Client, viewers: int = 200) -> dict[str, str]:
+    """The version of each viewer's reply; every reply is checked for mixed versions."""
+    requests = [ranking_pb2.RankRequest(viewer_id=f"v{i}", limit=30) for i in range(viewers)]
+    replies = client.ranking.RankBatch(ranking_pb2.RankBatchRequest(requests=requests), timeout=10.0).responses
+    return {request.viewer_id: checked(reply) for request, reply in zip(requests, replies, strict=True)}
+
+
+def listed(client: Client, history: int = 50) -> pb.Model:
+    return client.admin.ListModels(pb.ListModelsRequest(history=history), timeout=10.0).models[0]
+
+
+def ended(client: Client) -> pb.AuditEntry:
+    """Waits until the canary was rolled back; the entry that says so."""
+    eventually(lambda: listed(client).history[-1].step == "rollback", what="the canary ended")
+    assert listed(client).rollout.candidate == 0
+    return listed(client).history[-1]
+
+
+def canary(client: Client, percent: float, version: int = 2, **given: object) -> pb.Rollout:
+    request = pb.CanaryModelRequest(version=version, percent=percent, why=WHY, **given)
+    return client.admin.CanaryModel(request, timeout=10.0).rollout

@@ -37,8 +37,11 @@ RUN = ROOT / "triton" / "run.py"
 CANNOT_RUN_HERE = 3
 
 
-def eventually(condition: Callable[[], Any], within_s: float = 10.0, what: str = "") -> Any:
-    """The first true value of ``condition``; fails when there is none within ``within_s`` seconds."""
+def eventually(condition: Callable[[], Any], within_s: float = 60.0, what: str = "") -> Any:
+    """The first true value of ``condition``; fails when there is none within ``within_s`` seconds.
+
+    The bound is for a server that never gets there, not for a slow machine: leave it generous.
+    """
     ends_at = time.monotonic() + within_s
     while True:
         value = condition()

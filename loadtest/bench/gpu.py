@@ -62,7 +62,7 @@ def run_gpu(quick: bool) -> int:
     retrieval = retrieval_rows(device, RETRIEVAL_SMOKE if quick else RETRIEVAL_SIZES)
     copied = 1e9 * float(retrieval[0]["copy_gb_per_s"])
     slate = slate_rows(device, SLATE_SMOKE if quick else SLATE_SIZES)
-    table = table_rows(backend, copied, (64,), (128,), 1) if quick else table_rows(backend, copied)
+    table = table_rows(backend, copied, (9, 40), (20,), 1) if quick else table_rows(backend, copied)
     rank = rank_rows(backend, (40,), 2, _SMOKE_SETTINGS) if quick else rank_rows(backend)
     parts = {"retrieval": retrieval, "slate": slate, "table": table, "rank": rank}
     for title, rows in parts.items():
@@ -101,7 +101,7 @@ def _rank_row(backend: Backend, streams: int, viewers: int, settings: dict[str, 
     )  # fmt: skip
     pipeline = world.pipeline
     assert isinstance(pipeline, GpuPipeline)
-    batches = [world.batch(viewers, seed) for seed in range(4)]
+    batches = [world.batch(viewers, seed) for seed in range(4 if backend.on_gpu else 1)]
     for batch in batches:
         pipeline.rank(batch)
     runs = 50 if backend.on_gpu else 1

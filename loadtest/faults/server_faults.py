@@ -12,6 +12,9 @@ from loadtest.faults.stage import WITHIN_S, Stage
 from loadtest.processes import wait_for
 
 HOUR_S = 3_600
+LOOK_EVERY_S = 0.02
+LATE_S = 0.1
+"""Two clocks are compared."""
 
 
 @scenario("server killed")
@@ -33,17 +36,25 @@ def _clock_stepped(stage: Stage, seconds: int) -> Seen:
     lease_s = stage.settings["table"]["lease_ms"] / 1000
     silent = f"silent-{time.monotonic_ns()}"
     with stage.probe() as probe, stage.channel() as channel:
-        begun_s = time.monotonic()
+        begun_s = asked_s = time.monotonic()
         publish(channel, started(silent))
+        published_s = time.monotonic()
         stage.command(f"clock {seconds}")
-        wait_for(lambda: not check_live(channel, [silent]), lease_s + 1.0, f"the lease of {silent} runs out")
+        while check_live(channel, [silent]):  # by the server's clock when it was asked, or later
+            if asked_s - published_s > lease_s + LATE_S:
+                raise TimeoutError(f"the lease of {silent} ran out, and {asked_s - published_s:.2f} s on it lives")
+            time.sleep(LOOK_EVERY_S)
+            asked_s = time.monotonic()
         lasted_s = time.monotonic() - begun_s
         told_s = stage.metric("liverank_clock_stepped_seconds")
         # Everything that beats has been renewed by now, or it would be gone like the silent one.
         live = admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), timeout=WITHIN_S).live
+        # A model call that timed out on a busy machine is none of the clock's doing; that every one does would be.
+        probe.wait_usual(time.monotonic(), WITHIN_S)
         stage.command("clock 0")
         wait_for(lambda: stage.metric("liverank_clock_stepped_seconds") == 0, WITHIN_S, "the clock agrees again")
-        usual = all(a.level == "NONE" for a in probe.since(begun_s))
+        unusual = [a for a in probe.since(begun_s) if a.level != "NONE"]
+        usual = all(not a.failed and any(r.startswith("timeout") for r in a.reasons) for a in unusual)
         short = lasted_s < lease_s - 0.1
         return Seen(
             None, None, abs(told_s - seconds) < 10 and usual,

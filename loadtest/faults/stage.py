@@ -35,7 +35,7 @@ from server.config import TableSettings
 from server.live.features import FeatureSet
 
 MODEL = "trendiness"
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 TRAFFIC = TrafficPlan(producers=2, streams_each=10, rankers=1, watchers=1, ranker_pause_s=0.01, producer_pause_s=0.02)
 SETTINGS: dict[str, dict[str, Any]] = {
     "table": {**CHECKED_TABLE, "capacity": 30_000},

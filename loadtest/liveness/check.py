@@ -59,14 +59,18 @@ class Verdict:
 
 def check(history: History, lease_ms: int) -> Verdict:
     """Judges the whole history; ``lease_ms`` is the server's setting."""
-    proofs = _Proofs(history, lease_ms)
-    found = Verdict(replies=len(history.replies), kills=history.kills)
-    found.ends = sum(event.kind == ENDED for _, event, code in _acknowledged(history) if code == 0)
-    found.lapses = proofs.lapses(history)
+    found = tally(history, lease_ms)
     found.violations = find_violations(history, lease_ms)
     found.missing_events = find_missing(history, lease_ms)
     found.missed_watch_ends = find_missed_notices(history)
     return found
+
+
+def tally(history: History, lease_ms: int) -> Verdict:
+    """How much there was to judge, nothing judged yet; also usable on a history that is still growing."""
+    ends = sum(event.kind == ENDED for _, event, code in _acknowledged(history) if code == 0)
+    lapses = _Proofs(history, lease_ms).lapses(history)
+    return Verdict(replies=len(history.replies), ends=ends, lapses=lapses, kills=history.kills)
 
 
 def find_violations(history: History, lease_ms: int) -> list[str]:

@@ -8,30 +8,44 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from loadtest.faults.stage import WITHIN_S, Stage, open_stage
-from loadtest.liveness.check import Verdict, check
+from loadtest.liveness.check import Verdict, check, tally
 from loadtest.liveness.traffic import Traffic, TrafficPlan
 from loadtest.processes import ROOT, wait_for
 
 SHOWN = 10
 FAULT_EVERY_S = 4.0
+ENOUGH_WITHIN_S = 120.0
 
 
-def check_liveness(stage: Stage, plan: TrafficPlan, seconds: float, fault_every_s: float) -> Verdict:
-    """Traffic on ``stage`` for ``seconds``; every ``fault_every_s`` the server or (by turns) Triton is killed with
-    -9 and started again. Returns the verdict on the whole history."""
+def check_liveness(
+    stage: Stage,
+    plan: TrafficPlan,
+    seconds: float,
+    fault_every_s: float,
+    enough: Callable[[Verdict], bool] = lambda seen: True,
+    within_s: float = ENOUGH_WITHIN_S,
+) -> Verdict:
+    """Traffic on ``stage`` for ``seconds``, and longer until there was ``enough`` of it, but that for ``within_s`` at
+    most; every ``fault_every_s`` the server or (by turns) Triton is killed with -9 and started again.
+
+    Returns the verdict on the whole history.
+    """
     traffic = Traffic(stage.address, plan)
     pause = threading.Event()
     begun_s = time.monotonic()
     try:
-        while (left_s := begun_s + seconds - time.monotonic()) > 0:
-            pause.wait(min(left_s, fault_every_s))
-            if time.monotonic() - begun_s >= seconds:
+        while True:
+            left_s = begun_s + seconds - time.monotonic()
+            pause.wait(min(left_s, fault_every_s) if left_s > 0 else fault_every_s)
+            over_s = time.monotonic() - begun_s - seconds
+            if over_s >= within_s or (over_s >= 0 and enough(tally(traffic.history, plan.lease_ms))):
                 break
             if traffic.history.kills % 2 == 0 or stage.no_triton:
                 stage.kill_server()

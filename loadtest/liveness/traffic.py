@@ -15,7 +15,7 @@ from loadtest.liveness.producer import CHANNEL_OPTIONS, Outlet, Producer
 from loadtest.processes import wait_for
 
 STATES = ("UNKNOWN", "LIVE", "SUSPECT", "ENDED")
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 
 CHECKED_TABLE = {
     "capacity": 4_000, "lease_ms": 1_500, "grace_ms": 1_500, "max_lateness_ms": 300_000, "tombstone_ms": 600_000,

@@ -15,8 +15,11 @@ from loadtest.bench.ingest import Plan, run_ingest
 from loadtest.bench.scale import run_scale
 from loadtest.bench.soak import run_soak
 from server.__main__ import main
+from tests.rollout import AT_ONCE_S
 
 STREAMS = 200
+P99_MS = 5_000
+"""Held by a busy machine, too: how fast it is is not tested."""
 
 
 def said(capsys: pytest.CaptureFixture[str], bench: str) -> dict[str, Any]:
@@ -27,12 +30,12 @@ def said(capsys: pytest.CaptureFixture[str], bench: str) -> dict[str, Any]:
 
 
 def test_slo_finds_a_rate_that_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    window = ["--seconds", "0.2", "--p99-ms", "500", "--budget-seconds", "3"]
+    window = ["--seconds", "0.2", "--p99-ms", str(P99_MS), "--budget-seconds", "2"]
     assert main(["bench", "slo", "--streams", str(STREAMS), *window]) == 0
     found = said(capsys, "slo")
     held = [trial for trial in found["tried"] if trial["holds"]]
     assert any(trial["rate_rps"] == pytest.approx(found["rate_rps"], abs=0.1) for trial in held)
-    assert 0 < found["p50_ms"] <= found["p99_ms"] <= 500 and found["stopped"]
+    assert 0 < found["p50_ms"] <= found["p99_ms"] <= P99_MS and found["stopped"]
 
 
 @pytest.mark.skipif(redis_rival.redis_binary() is None, reason="redis-server is not installed")
@@ -79,7 +82,7 @@ def test_swap_changes_the_model_under_load_and_back(capsys: pytest.CaptureFixtur
     assert main(["bench", "swap", "--quick", "--seconds", "7", "--streams", str(STREAMS)]) == 0
     found = said(capsys, "swap")
     assert found["failed"] == found["mixed"] == found["late_old"] == 0 and found["steps_done"]
-    assert set(found["versions"]) == {"trendiness/1", "trendiness/2"} and found["rollback_ms"] < 1_000
+    assert set(found["versions"]) == {"trendiness/1", "trendiness/2"} and found["rollback_ms"] < 1_000 * AT_ONCE_S
     assert found["quiet_p99_ms"] > 0 and found["swap_p99_ms"] > 0 and [part["part"] for part in found["parts"]] == [
         "quiet", "push", "shadow", "canary 1 %", "canary 10 %", "canary 100 %", "promote", "rollback",
     ]  # fmt: skip

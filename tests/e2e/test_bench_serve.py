@@ -6,12 +6,14 @@ import asyncio
 import json
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from liverank.v1 import ranking_pb2
 
+from loadtest.bench import serve
 from loadtest.bench.catalogue import LANGUAGES, as_bytes, rank_requests
 from loadtest.bench.contestants import (
     BEHIND_EDGES,
@@ -36,13 +38,26 @@ def children() -> set[int]:
     return {int(pid) for task in tasks for pid in task.read_text().split()}
 
 
-def test_the_quick_form_prints_tables_then_one_line_of_json_and_leaves_no_process(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Contestant]]:
+    """Started once for the bench and for what is asked of them beside it."""
     before = children()
+    with contestants(tmp_path_factory.mktemp("bench"), STREAMS, as_bytes(rank_requests(2))[1]) as running:
+        yield running
+    assert all(c.server.process.poll() == 0 for c in running.values()), "stopped in order, though they were asleep"
+    assert children() <= before
+
+
+def test_the_quick_form_prints_tables_then_one_line_of_json(
+    servers: dict[str, Contestant], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started_already(folder: Path, streams: int, sample: bytes) -> nullcontext[dict[str, Contestant]]:
+        assert streams == STREAMS
+        return nullcontext(servers)
+
+    monkeypatch.setattr(serve, "contestants", started_already)
     grid = ["--streams", str(STREAMS), "--concurrency", "1", "4", "--seconds", "0.1"]
     assert main(["bench", "serve", "--quick", *grid]) == 0
-    assert children() <= before
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     positive = (
         "rps", "cpu_ms_per_reply", "p50_ms", "p99_ms", "ceiling_rps", "ceiling_cpu_ratio", "textbook_rps",
@@ -53,13 +68,6 @@ def test_the_quick_form_prints_tables_then_one_line_of_json_and_leaves_no_proces
     assert [(row["streams"], row["concurrency"]) for row in said["rows"]] == [(STREAMS, 1), (STREAMS, 4)]
     assert [row["server"] for row in said["open_loop"]] == [OURS, TEXTBOOK, OURS]
     assert said["commit"] and said["machine"] and said["client"] and said["floor"]
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Contestant]]:
-    with contestants(tmp_path_factory.mktemp("bench"), STREAMS, as_bytes(rank_requests(2))[1]) as running:
-        yield running
-    assert all(c.server.process.poll() == 0 for c in running.values()), "stopped in order, though they were asleep"
 
 
 def ask(contestant: Contestant, request: bytes) -> bytes:

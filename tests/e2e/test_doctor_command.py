@@ -17,7 +17,10 @@ import pytest
 from liverank.v1 import ingest_pb2, ingest_pb2_grpc
 
 from loadtest.processes import ROOT, running_server, start_server, to_toml
+from server.doctor import model
+from server.doctor.base import Finding
 from tests.app import FEATURES, put_current_model
+from tests.doctor import context, the_failure
 from tests.events import event, started
 from tests.triton_server import put_model, running_triton, small_net
 
@@ -225,17 +228,19 @@ def test_a_real_triton_is_asked_for_its_model(tmp_path: Path) -> None:
     put_model(repository, "idle", small_net(2, len(FEATURES), FEATURES.schema), 1, FEATURES.schema, len(FEATURES))
     with running_triton(repository, tmp_path / "triton.log", "trendiness", "stranger") as triton:
 
-        def ask(name: str) -> tuple[int, Report]:
-            scoring = {"mode": "triton", "triton_address": triton.address, "model_name": name}
-            return doctor(tmp_path, {**FREE, "scoring": scoring})
+        def scoring(name: str) -> dict[str, Any]:
+            return {"mode": "triton", "triton_address": triton.address, "model_name": name}
 
-        code, report = ask("trendiness")
+        def failure(name: str) -> Finding:
+            """The same check without another start of the command."""
+            return the_failure(model.model, context(tmp_path, scoring=scoring(name)))
+
+        code, report = doctor(tmp_path, {**FREE, "scoring": scoring("trendiness")})
         assert (code, failed(report)) == (0, {})
         assert "trendiness/1 (triton, tensors system_shm)" in told(report, "model.scores")
-        code, report = ask("stranger")
-        assert code == 1 and "'other'" in failed(report)["model.scores"]["found"]
-        code, report = ask("idle")
-        assert code == 1 and "Load idle in Triton" in failed(report)["model.scores"]["mend"]
+        other, idle = failure("stranger"), failure("idle")
+        assert other.check == idle.check == "model.scores"
+        assert "'other'" in other.found and "Load idle in Triton" in idle.mend
         triton.kill()
-        code, report = ask("trendiness")
+        code, report = doctor(tmp_path, {**FREE, "scoring": scoring("trendiness")})
         assert code == 1 and "triton_address" in failed(report)["model.reachable"]["mend"]

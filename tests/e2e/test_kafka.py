@@ -29,9 +29,8 @@ from server.log.commit import Submission
 from server.log.kafka_commit import KafkaCommit, _Pending
 from server.rpc.control import PRODUCER
 from tests.app import SMALL, Client, running_app, serving_app, status_of
-from tests.e2e.test_access import Publisher
 from tests.events import T0, batch, event, started
-from tests.secured import TOKENS, channel, write_access
+from tests.secured import TOKENS, Publisher, channel, write_access
 from tests.triton_server import eventually
 from tests.unit.test_snapshots import everything
 
@@ -83,7 +82,7 @@ def state_at(client: Client) -> tuple[int, dict[str, Any], tuple[int, list[Any]]
 
 def assert_same_at_one_offset(a: Client, b: Client) -> None:
     """Both apply what comes; looked at until an offset is met by both (time records keep coming)."""
-    ends_at = time.monotonic() + 10.0
+    ends_at = time.monotonic() + 60.0
     seen: list[dict[int, Any]] = [{}, {}]
     while not set(seen[0]) & set(seen[1]):
         assert time.monotonic() < ends_at, [sorted(s) for s in seen]

@@ -1,37 +1,35 @@
-"""From push to rollback on a serving app with an in-process model: who is served by what, and what stays."""
+"""From push to rollback on a serving app with an in-process model: which steps are taken, and what stays."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 from liverank.v1 import admin_pb2 as pb
-from liverank.v1 import ranking_pb2
 
 from loadtest.faults.nets import all_nan, on_lattice, one_row_short, small_net, two_columns_out
-from server.errors import BadScores, ConfigError, ScorerUnavailable
-from server.rollout import shipping
+from server.errors import ScorerUnavailable
 from tests.app import FEATURES, Client, running_app, status_of
-from tests.events import event
 from tests.rollout import (
+    AT_ONCE_S,
     METRICS,
+    MODEL,
     WHY,
-    checked,
+    canary,
+    ended,
     files_of,
     lattice_net,
+    listed,
+    push,
     refreshed,
+    served,
     settings,
     some_streams,
-    versions_of,
 )
 from tests.triton_server import eventually
-
-MODEL = "trendiness"
 
 
 @pytest.fixture
@@ -39,34 +37,6 @@ def client(tmp_path: Path) -> Iterator[Client]:
     with running_app(tmp_path, **settings(tmp_path)) as running:
         some_streams(running)
         yield running
-
-
-def push(client: Client, version: int = 2, **given: object) -> pb.PushModelResponse:
-    wanted = {"files": files_of(lattice_net(version)), "why": WHY, **given}
-    return client.admin.PushModel(pb.PushModelRequest(version=version, **wanted), timeout=60.0)
-
-
-def served(client: Client, viewers: int = 200) -> dict[str, str]:
-    """The version of each viewer's reply; every reply is checked for mixed versions."""
-    requests = [ranking_pb2.RankRequest(viewer_id=f"v{i}", limit=30) for i in range(viewers)]
-    replies = client.ranking.RankBatch(ranking_pb2.RankBatchRequest(requests=requests), timeout=10.0).responses
-    return {request.viewer_id: checked(reply) for request, reply in zip(requests, replies, strict=True)}
-
-
-def listed(client: Client, history: int = 50) -> pb.Model:
-    return client.admin.ListModels(pb.ListModelsRequest(history=history), timeout=10.0).models[0]
-
-
-def ended(client: Client) -> pb.AuditEntry:
-    """Waits until the canary was rolled back; the entry that says so."""
-    eventually(lambda: listed(client).history[-1].step == "rollback", what="the canary ended")
-    assert listed(client).rollout.candidate == 0
-    return listed(client).history[-1]
-
-
-def canary(client: Client, percent: float, version: int = 2, **given: object) -> pb.Rollout:
-    request = pb.CanaryModelRequest(version=version, percent=percent, why=WHY, **given)
-    return client.admin.CanaryModel(request, timeout=10.0).rollout
 
 
 def test_a_version_goes_the_whole_way_and_comes_back(client: Client) -> None:
@@ -103,7 +73,7 @@ def test_a_version_goes_the_whole_way_and_comes_back(client: Client) -> None:
     client.tick()
     assert set(served(client).values()) == {"trendiness/2"}
 
-    back = client.admin.RollbackModel(pb.RollbackModelRequest(why="it was not"), timeout=1.0).rollout
+    back = client.admin.RollbackModel(pb.RollbackModelRequest(why="it was not"), timeout=AT_ONCE_S).rollout
     assert (back.serving, back.previous, back.answering) == (1, 0, 1)
     assert set(served(client).values()) == {"trendiness/1"}
     client.tick()
@@ -237,179 +207,6 @@ def test_a_canary_climbs_by_itself_while_nothing_speaks_against_it(tmp_path: Pat
         assert listed(client).rollout.stage == "canary", "promoting is a decision of people"
 
 
-@pytest.mark.parametrize("percent", [0.0, 100.0])
-def test_a_restart_goes_on_where_the_rollout_stood(tmp_path: Path, percent: float) -> None:
-    with running_app(tmp_path, **settings(tmp_path)) as client:
-        some_streams(client)
-        push(client)
-        if percent:
-            for step in (1, 10, 100):
-                canary(client, step)
-        before = listed(client).rollout
-    with running_app(tmp_path, **settings(tmp_path)) as client:
-        client.tick()
-        assert client.app.shipping._resumed[MODEL].wait(10.0)
-        after = listed(client).rollout
-        assert (after.serving, after.candidate, after.stage, after.percent) == (1, 2, before.stage, before.percent)
-        if percent:
-            refreshed(client)
-            assert set(served(client, 50).values()) == {"trendiness/2"}
-        promoted = client.admin.PromoteModel(pb.PromoteModelRequest(version=2, force=True, why=WHY), timeout=10.0)
-        assert promoted.rollout.serving == 2
-    with running_app(tmp_path, **settings(tmp_path)) as client:
-        client.tick()
-        assert set(served(client, 50).values()) == {"trendiness/2"}
-        assert client.app.metrics.model_versions.labels(MODEL, "serving")._value.get() == 2
-        client.admin.RollbackModel(pb.RollbackModelRequest(why="after a restart, too"), timeout=1.0)
-        assert set(served(client, 50).values()) == {"trendiness/1"}
-
-
-def test_a_trial_that_began_before_the_first_look_is_not_begun_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shipping, "LOOK_EVERY_S", 3_600.0)
-    with running_app(tmp_path, **settings(tmp_path)) as client:
-        some_streams(client)
-        push(client)
-        canary(client, 1)
-        refreshed(client, 2)
-        client.app.shipping.look(MODEL, client.app.shipping._paths[MODEL])
-        assert listed(client).trial.refreshes == 2
-
-
-def test_steps_after_a_restart_wait_for_what_was_loaded_before_it_and_a_rollback_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with running_app(tmp_path, **settings(tmp_path)) as client:
-        some_streams(client)
-        push(client)
-        canary(client, 1)
-    monkeypatch.setattr(shipping, "LOOK_EVERY_S", 3_600.0)
-    monkeypatch.setattr(shipping, "RESUME_WAIT_S", 0.0)
-    with running_app(tmp_path, **settings(tmp_path)) as client:
-        client.tick()
-        before = (tmp_path / "events.rollout.json").read_text()
-        promotion = pb.PromoteModelRequest(version=2, force=True, why=WHY)
-        for call in (
-            lambda: push(client, 2),
-            lambda: canary(client, 10),
-            lambda: client.admin.ShadowModel(pb.ShadowModelRequest(version=2, why=WHY), timeout=10.0),
-            lambda: client.admin.PromoteModel(promotion, timeout=10.0),
-        ):
-            with pytest.raises(grpc.RpcError, match="are not loaded yet; try again") as refused:
-                call()
-            assert status_of(refused.value)[0] == "FAILED_PRECONDITION"
-        assert (tmp_path / "events.rollout.json").read_text() == before
-        monkeypatch.setattr(shipping, "RESUME_WAIT_S", 10.0)
-        promoting = client.admin.PromoteModel.future(promotion, timeout=20.0)
-        client.app.shipping.look(MODEL, client.app.shipping._paths[MODEL])
-        assert promoting.result(20.0).rollout.serving == 2
-        assert set(served(client, 20).values()) == {"trendiness/2"}
-        push(client, 3)
-    with running_app(tmp_path, **settings(tmp_path)) as client:
-        client.tick()
-        back = client.admin.RollbackModel(pb.RollbackModelRequest(why=WHY), timeout=10.0).rollout
-        assert (back.serving, back.previous, back.candidate) == (2, 1, 0)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_candidate_rolled_back_while_it_is_loaded_after_a_restart_takes_nothing_else_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
-    with running_app(tmp_path, **settings(tmp_path)) as client:
-        some_streams(client)
-        push(client)
-        client.admin.PromoteModel(pb.PromoteModelRequest(version=2, force=True, why=WHY), timeout=10.0)
-        push(client, 3)
-        canary(client, 1, 3)
-    monkeypatch.setattr(shipping, "LOOK_EVERY_S", 3_600.0)
-    with running_app(tmp_path, **settings(tmp_path)) as client:
-        client.tick()
-        path = client.app.shipping._paths[MODEL]
-        warm = path.warm
-
-        def rolled_back_meanwhile(version: int) -> object:
-            client.admin.RollbackModel(pb.RollbackModelRequest(why=WHY), timeout=10.0)
-            if fails:
-                raise BadScores("planted")
-            return warm(version)
-
-        monkeypatch.setattr(path, "warm", rolled_back_meanwhile)
-        for _ in range(2):
-            client.app.shipping.look(MODEL, path)
-        assert client.app.shipping._resumed[MODEL].is_set() and 3 not in path._opened
-        after = listed(client).rollout
-        assert (after.serving, after.previous, after.candidate) == (2, 1, 0)
-        assert set(served(client, 20).values()) == {"trendiness/2"}
-
-
-def test_a_rollout_file_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
-    (tmp_path / "events.rollout.json").write_text('{"format": 1, "models": {"trendiness": {"serving": 1}}}')
-    told = r"rollout.file: .*events.rollout.json cannot be used: keys serving, "
-    with pytest.raises(ConfigError, match=told), running_app(tmp_path, **settings(tmp_path)):
-        pass
-
-
-def test_explain_follows_the_version_that_the_viewer_is_ranked_by(client: Client) -> None:
-    push(client)
-    for step in (1, 10, 100):
-        canary(client, step)
-    refreshed(client)
-    request = ranking_pb2.ExplainRequest(request=ranking_pb2.RankRequest(viewer_id="v"), stream_id="s1")
-    found = client.ranking.Explain(request, timeout=10.0)
-    trend = next(score.value for score in found.scores if score.name == "trend")
-    assert round(trend * 1000) % 2 == 0
-
-
-def test_diff_tells_metrics_and_agreement_of_two_versions(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    push(client, files=files_of(lattice_net(2), b'{"headline": {"auc": 0.9}, "commit": "abc"}'))
-    path = client.app.shipping._paths[MODEL]
-    rows = path.samples()["features"]
-    other_rows = iter([rows, rows[::-1].copy()])  # the server scores on between two looks
-    monkeypatch.setattr(path, "samples", lambda: {"features": next(other_rows)})
-    found = client.admin.DiffModels(pb.DiffModelsRequest(first=1, second=2), timeout=60.0)
-    assert (found.first.metrics["auc"], found.second.metrics["auc"], found.second.commit) == (0.8, 0.9, "abc")
-    assert found.agreement.rank_correlation > 0.99 and found.agreement.rows >= 60
-
-
-def test_scores_of_the_old_version_that_arrive_after_the_flip_change_nothing(client: Client) -> None:
-    push(client)
-    late = client.app.engine.answerer.scores
-    client.admin.PromoteModel(pb.PromoteModelRequest(version=2, force=True, why=WHY), timeout=10.0)
-    client.app.engine.scored(late)  # the refresh that was on its way
-    client.app.engine.call(lambda: None).result(10.0)
-    assert set(served(client, 20).values()) == {"trendiness/2"}
-
-
-def test_a_row_that_another_version_did_not_score_does_not_keep_the_score_of_the_one_before(client: Client) -> None:
-    engine = client.app.engine
-    used = engine.answerer.scores
-    assert used.scores is not None
-    scores = (np.floor(used.scores * 499) * 0.002).astype(np.float32)  # on the other lattice
-    scores[::2] = np.nan
-    engine.scored(replace(used, scores=scores, model_version="trendiness/2"))
-    engine.call(lambda: None).result(10.0)
-    reply = client.rank(viewer_id="v", limit=60)
-    assert reply.model_version == "trendiness/2" and versions_of(reply) == {"even", "neither"}
-
-
-def test_an_impression_counts_for_the_version_that_ranked_the_viewer(client: Client) -> None:
-    push(client)
-    for step in (1, 10):
-        canary(client, step)
-    refreshed(client)
-    by_viewer = served(client)
-    theirs = [viewer for viewer, version in by_viewer.items() if version == "trendiness/2"]
-    now_ms = client.clock.now_ms()
-    for i, viewer in enumerate(by_viewer):
-        seen = {"request_id": "r", "served_ms": now_ms, "verify_by_ms": now_ms + 1_000, "position": 1}
-        client.publish(event(f"s{i % 60}", 0, now_ms, 1, viewer=viewer, impression=seen))
-    trial = listed(client).trial
-    assert trial.candidate.impressions == len(theirs) > 0
-    assert trial.serving.impressions == len(by_viewer) - len(theirs)
-    assert trial.candidate.dead == trial.serving.dead == 0
-
-
 def test_a_caller_who_goes_away_in_a_push_leaves_nothing_half_done(client: Client) -> None:
     pushing = client.admin.PushModel.future(pb.PushModelRequest(version=2, files=files_of(lattice_net(2)), why=WHY))
     pushing.cancel()
@@ -420,7 +217,7 @@ def test_a_caller_who_goes_away_in_a_push_leaves_nothing_half_done(client: Clien
         rollout = listed(client).rollout
         return rollout.candidate == 2 or not client.app.shipping._pushing.locked()
 
-    eventually(settled, within_s=30.0, what="the push is over")
+    eventually(settled, what="the push is over")
     client.tick()
     assert set(served(client, 20).values()) == {"trendiness/1"}
     assert push(client).rollout.candidate == 2

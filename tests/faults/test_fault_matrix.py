@@ -13,14 +13,21 @@ from loadtest.faults.base import SCENARIOS, CannotPlay
 from loadtest.faults.matrix import run_scenario
 from loadtest.faults.soak import slope_per_minute
 from loadtest.faults.stage import Stage, open_stage
-from loadtest.liveness.check import check, find_violations
+from loadtest.liveness.check import Verdict, check, find_violations
 from loadtest.liveness.run import check_liveness
 from loadtest.liveness.traffic import Traffic, TrafficPlan
 from tests.faults.planted import BUGS
 from tests.triton_server import eventually
 
+JUDGE_TIMES = ("overload",)
+"""In test_overload.py."""
 ONLY_A_KILL_SHOWS = "acknowledge before it is durable"
 PLAN = TrafficPlan(streams_each=12)
+
+
+def is_enough(seen: Verdict) -> bool:
+    """What a checker must have met before it means something that it found nothing."""
+    return seen.kills >= 2 and seen.replies > 100 and seen.ends > 5 and seen.lapses > 0
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         yield opened
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in JUDGE_TIMES])
 def test_nothing_is_lost_or_shown_wrongly_and_all_is_disclosed_when(stage: Stage, name: str) -> None:
     try:
         outcome = run_scenario(stage, SCENARIOS[name])
@@ -39,9 +46,9 @@ def test_nothing_is_lost_or_shown_wrongly_and_all_is_disclosed_when(stage: Stage
 
 
 def test_the_checker_finds_nothing_while_server_and_triton_are_killed_and_come_back(stage: Stage) -> None:
-    verdict = check_liveness(stage, PLAN, seconds=4.0, fault_every_s=0.8)
+    verdict = check_liveness(stage, PLAN, seconds=0.0, fault_every_s=0.8, enough=is_enough)
     assert verdict.ok, (verdict.violations, verdict.missing_events, verdict.missed_watch_ends)
-    assert verdict.kills >= 2 and verdict.replies > 100 and verdict.ends > 5 and verdict.lapses > 0, verdict.summary()
+    assert is_enough(verdict), verdict.summary()
 
 
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug != ONLY_A_KILL_SHOWS])
@@ -49,7 +56,7 @@ def test_the_checker_finds_a_server_that_would(stage: Stage, bug: str) -> None:
     stage.command(f"plant {bug}")
     traffic = Traffic(stage.address, PLAN)
     try:
-        eventually(lambda: find_violations(traffic.history, PLAN.lease_ms), within_s=12.0, what=f"{bug!r} is found")
+        eventually(lambda: find_violations(traffic.history, PLAN.lease_ms), what=f"{bug!r} is found")
     finally:
         stage.command("plant none")
         traffic.finish()

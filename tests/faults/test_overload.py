@@ -1,10 +1,16 @@
-"""A flood and what is asked of it; the flood itself is the scenario ``overload`` of the fault matrix."""
+"""A flood, the scenario ``overload`` of the fault matrix, and what is asked of it."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from loadtest.bench.overload import DEFAULT, QUICK, plan_from
+from loadtest.faults.base import SCENARIOS
+from loadtest.faults.matrix import run_scenario
 from loadtest.faults.overload_faults import faults_of
 
 GOOD = {
@@ -19,6 +25,13 @@ BAD = {
     "degraded_share": 0.2, "probe_errors": {"health: UNAVAILABLE": 1}, "probe_calls": 0, "check_live_max_ms": 2_500.0,
     "recovered_s": None,
 }  # fmt: skip
+
+
+@pytest.mark.alone
+def test_under_a_flood_excess_is_shed_with_a_hint_and_nobody_else_notices(tmp_path: Path) -> None:
+    stage: Any = SimpleNamespace(own_folder=lambda name: tmp_path / name, flood=QUICK, no_triton="")  # all that it uses
+    outcome = run_scenario(stage, SCENARIOS["overload"])
+    assert (outcome.lost, outcome.shown_wrongly, outcome.disclosed) == (0, 0, True), outcome
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -15,7 +15,7 @@ from loadtest.processes import Server, start_server
 from server.clock import SystemClock
 from tests.app import SMALL
 from tests.events import event, started
-from tests.rollout import WHY, checked, files_of, lattice_net, settings
+from tests.rollout import AT_ONCE_S, WHY, checked, files_of, lattice_net, settings
 from tests.triton_server import eventually
 
 
@@ -84,7 +84,7 @@ def test_a_server_killed_in_a_push_serves_what_it_served_and_can_be_pushed_to_ag
         with grpc.insecure_channel(server.address) as channel:
             eventually(lambda: serves(channel, "trendiness/2"), what="the canary goes on")
             admin = admin_pb2_grpc.AdminStub(channel)
-            rollout = admin.RollbackModel(pb.RollbackModelRequest(why=WHY), timeout=1.0).rollout
+            rollout = admin.RollbackModel(pb.RollbackModelRequest(why=WHY), timeout=AT_ONCE_S).rollout
             assert rollout.serving == 1 and serves(channel, "trendiness/1")
             with pytest.raises(grpc.RpcError, match="no version before"):
                 admin.RollbackModel(pb.RollbackModelRequest(why=WHY), timeout=10.0)

@@ -80,7 +80,7 @@ def test_sigterm_finishes_what_is_in_flight_turns_readiness_off_and_exits_with_z
         with pytest.raises(grpc.RpcError) as ended:
             next(watch)
         assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert server.process.wait(10) == 0
+        assert server.process.wait(60) == 0
         idle.set()
         publish.cancel()
     assert "drained cleanly" in server.log.read_text()

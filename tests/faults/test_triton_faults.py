@@ -26,6 +26,8 @@ from tests import triton_server as ts
 # The formula's three features are among the six of the test models.
 NAMES = ("viewers_mean_1m", "viewers_mean_30m", "likes_per_viewer_5m", "a", "b", "c")
 MODELS = ("trendiness", "nan", "two_columns", "other_schema", "wide")
+HANGING_S = 1.0
+"""A deadline that is told from twice as long on a busy machine, too."""
 SETTINGS = ScoringSettings(deadline_ms=2_000, max_score_age_ms=15_000, breaker_open_ms=2_000)
 
 
@@ -173,7 +175,7 @@ def test_a_killed_stub_is_healed_by_one_reload(own_triton: ts.RunningTriton) -> 
             return False
         return bool(np.array_equal(values, expected))
 
-    ts.eventually(healed, within_s=30)
+    ts.eventually(healed)
     assert len(failures) >= 3
     assert (scorer.heals, scorer.heal_failures) == (1, 0)
     (new_stub,) = own_triton.stub_pids()
@@ -189,8 +191,8 @@ def test_a_hung_triton_is_a_timeout_within_the_deadline_and_comes_back(own_trito
         for _ in range(4):  # also across the reconnect after the third
             started = time.monotonic()
             with pytest.raises(ScorerTimeout):
-                scorer.score(features(10), 0.3)
-            assert time.monotonic() - started < 0.6
+                scorer.score(features(10), HANGING_S)
+            assert time.monotonic() - started < 2 * HANGING_S, "waited for twice"
     finally:
         os.kill(own_triton.pid, signal.SIGCONT)
 
@@ -253,7 +255,7 @@ def test_killed_triton_degrades_to_last_good_then_formula_and_recovers_by_itself
             result = tick()
             return result if result.level is Level.NONE else None
 
-        result = ts.eventually(recovered, within_s=20)
+        result = ts.eventually(recovered)
         assert result.as_of_ms == clock.now_ms()
         np.testing.assert_array_equal(result.scores, first.scores)
         assert refresher.close()

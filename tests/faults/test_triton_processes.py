@@ -65,7 +65,7 @@ def test_no_process_is_left_behind_when(ending: str, runners: dict[str, subproce
     assert len(lines) == 2, "tritonserver and one stub"
     assert ts.shm_regions(runner.pid)
     end(runner, answer["pid"])
-    assert runner.wait(20) == code
+    assert runner.wait(60) == code
     if code != -signal.SIGKILL:
         # Gone at once, not soon.
         assert ts.triton_processes(runner.pid) == {}
@@ -117,6 +117,6 @@ def test_a_model_that_cannot_load_is_reported_and_nothing_stays(tmp_path: Path) 
     answer = ts.said(runner)
     assert answer["ready"] is False
     assert "model.onnx" in answer["reason"]
-    assert runner.wait(20) == 1
+    assert runner.wait(60) == 1
     assert ts.triton_processes(runner.pid) == {}
     assert ts.shm_regions(runner.pid) == []

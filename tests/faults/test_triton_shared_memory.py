@@ -118,7 +118,7 @@ def test_shared_memory_recovers_by_itself_after_triton_was_killed(tmp_path: Path
                 return None
 
         for scorer in (noticing, silent):
-            scores = ts.eventually(lambda scorer=scorer: answer(scorer), within_s=20)
+            scores = ts.eventually(lambda scorer=scorer: answer(scorer))
             np.testing.assert_array_equal(scores.values, expected)
             assert scorer.transport == "system_shm"
             scorer.close()

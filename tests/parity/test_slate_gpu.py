@@ -115,7 +115,7 @@ def test_slates_of_real_vectors_equal_the_reference_or_differ_by_rounding(divers
         "categories": rng.integers(0, 9, rows).astype(np.int32),
         "embeddings": embeddings.astype(np.float32),
         "ids": as_ids([b"stream-%06d" % row for row in rng.permutation(rows)]),
-        "limits": np.array([15, 20], np.int32),
+        "limits": np.array([8, 12], np.int32),
         "explore_slots": np.array([3, 5], np.int32),
         "seeds": np.array([1, 2**64 - 1], np.uint64),
         "creator_caps": np.array([1, 3], np.int32),

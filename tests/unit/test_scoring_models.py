@@ -119,7 +119,7 @@ def test_local_stops_a_slow_model_at_the_deadline(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(ScorerTimeout):
         local(tmp_path).score(features(2), 0.3)
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 30.0, "it would go on for minutes"
 
 
 @pytest.mark.parametrize(("model", "error"), [(b"not a model", ScorerUnavailable), (ts.two_columns_out(), BadScores)])
@@ -239,8 +239,8 @@ def test_nobody_listening_is_unavailable_at_once_and_a_closed_scorer_stays_close
     scorer = TritonScorer(f"127.0.0.1:{_unused_port()}", "m", ts.SCHEMA, F)
     started = time.monotonic()
     with pytest.raises(ScorerUnavailable):
-        scorer.score(features(2), 5.0)
-    assert time.monotonic() - started < 2.0
+        scorer.score(features(2), 60.0)
+    assert time.monotonic() - started < 30.0, "waited for its deadline"
     scorer.close()
     scorer.close()
     with pytest.raises(ScorerUnavailable, match="closed"):

@@ -35,7 +35,7 @@ class FakeStore:
 
     def get(self, keys: Sequence[str]) -> Sequence[bytes | None]:
         self.commands.append(list(keys))
-        assert self.gate.wait(10.0)
+        assert self.gate.wait(60.0)
         if self.error is not None:
             raise self.error
         return [self.values.get(key) for key in keys]
@@ -111,8 +111,9 @@ def test_a_request_waits_until_its_deadline_and_no_longer_and_the_late_answer_se
     with lookup(FakeStore(v=FOUND.tobytes()), deadline_ms=20) as it:
         it.store.gate.clear()
         began_s = time.monotonic()
-        (late,) = it.find("v")
-        assert late.outcome == "timeout" and "20 ms" in late.problem and time.monotonic() - began_s < 2.0
+        (late,) = it.find("v", within_s=60.0)
+        assert late.outcome == "timeout" and "20 ms" in late.problem
+        assert time.monotonic() - began_s < 30.0, "waited for the caller's deadline or the answer"
         (sooner,) = it.find("v", within_s=-1.0)
         assert sooner.outcome == "timeout", "the caller's own deadline counts too"
         it.store.gate.set()
