@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.calibration import fit_platt
 from models.impressions import Impressions, ImpressionSplit
-from models.places import examined
+from models.places import agrees, examined
 from models.ranker import POSITIONS, TASKS, WATCH_CAP_S, Ranker, RankerShape, task_loss, tensors
 from models.training import Course, FitSettings, Objective, descend, one_thread
 from models.trendiness import scaling
@@ -60,15 +60,20 @@ def fit_ranker(
         torch.manual_seed(seed)
         shape = RankerShape(split.fit.features.shape[1], split.fit.stream_embedding.shape[1])
         model = Ranker(shape, *_scaling(split.fit))
-        telling, by_chance = _telling_of_places(split.fit)
+        told = known_places(split.fit)
+        chance = told.take(told.by_chance)
+        by_chance = int(chance.clicked.sum()) >= LEAST_CLICKS
         if by_chance:
             # In an order of chance the shares of clicks alone say it, whatever the net does not know of viewers.
-            settle_places(model, telling, liked=np.zeros(len(telling), np.float32))
+            settle_places(model, chance, liked=np.zeros(len(chance), np.float32))
             model.unseen.requires_grad_(False)
         objective = RankerObjective(model, split.fit, split.stop, settings.creator_dropout)
         course = descend(objective, settings.fit, seed, say, workers=workers, checkpoint=checkpoint)
         model.to("cpu")
-        settle_places(model, telling)
+        if by_chance:
+            _keep_chance_right(model, [known_places(part) for part in (split.fit, split.stop, split.calibrate)])
+        else:
+            settle_places(model, told)
         calibrate(model, split.calibrate)
     return FittedRanker(model, course)
 
@@ -124,12 +129,21 @@ def settle_places(model: Ranker, rows: Impressions, liked: NDArray[np.float32] |
     model.set_log_examined(examined(liked, places, rows.clicked, POSITIONS))
 
 
-def _telling_of_places(rows: Impressions) -> tuple[Impressions, bool]:
-    """The rows that places are judged by, and whether they were shown in an order of chance: those, if they suffice."""
-    told = rows.take(np.flatnonzero(rows.position >= 1.0))
-    chance = told.take(np.flatnonzero(told.by_chance))
-    enough = int(chance.clicked.sum()) >= LEAST_CLICKS
-    return (chance, True) if enough else (told, False)
+def _keep_chance_right(model: Ranker, parts: Sequence[Impressions]) -> None:
+    """Sets the effect of places by all rows, if slates in an order of chance do not speak against it; else by those.
+
+    All rows are surer, being more, and right if the net knows what those knew who made the slates. By chance is right
+    in any case. So the surer one is taken unless the other one contradicts it (a specification test, after Hausman,
+    1978). Rows that nothing was learned from are as good as others: what is judged here are places and not viewers.
+    """
+    liked = np.concatenate([logits[:, 0] for part in parts for logits, _ in _logits(model, part)])
+    places = np.concatenate([np.minimum(part.position, POSITIONS).astype(np.int64) - 1 for part in parts])
+    clicked = np.concatenate([part.clicked for part in parts])
+    chance = np.concatenate([part.by_chance for part in parts])
+    by_all = examined(liked, places, clicked, POSITIONS)
+    own = liked[chance], places[chance], clicked[chance]
+    by_chance = examined(*own, POSITIONS)
+    model.set_log_examined(by_all if agrees(by_chance, by_all, *own) else by_chance)
 
 
 def calibrate(model: Ranker, rows: Impressions) -> None:

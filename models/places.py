@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-STIFFNESS = 1_000.0
+STIFFNESS = 10_000.0
 """Clicks against which a bend weighs: neighbours are looked at alike, and places far down have few clicks each."""
+AGREEING = 6.0
+"""Twice the log-likelihood that two estimates may differ by: beyond by chance once in twenty, with two degrees of
+freedom, which is about what STIFFNESS leaves to a slate of twenty places and some thousand clicks."""
 _STEPS = 50
 _LEAST = -6.0  # log; below, no click was ever seen
 
@@ -35,11 +38,41 @@ def examined(
     if seen[0] == 0 or not 0 < clicked.sum() < len(clicked):
         raise ValueError("impressions: some at the first place, some clicked and some not clicked wanted")
     n = int(np.flatnonzero(seen)[-1]) + 1
-    problem = _Problem(
-        np.stack([logits.astype(np.float64), np.ones(len(clicked))]), places, clicked.astype(np.float64), _bends(n)
-    )
+    problem = _problem(logits, places, clicked, n)
     weights = np.concatenate([[1.0, 0.0], np.zeros(n)])  # slope, offset, log e
-    free = np.arange(len(weights)) != 2  # the first place is the measure
+    weights, _ = _solved(problem, weights, np.arange(len(weights)) != 2)  # the first place is the measure
+    return np.concatenate([weights[2:], np.full(n_places - n, weights[-1])])
+
+
+def agrees(
+    own: NDArray[np.float64],
+    other: NDArray[np.float64],
+    logits: NDArray[np.floating],
+    places: NDArray[np.int64],
+    clicked: NDArray[np.bool_],
+) -> bool:
+    """Whether ``other``, an estimate of log e from more rows, might be the truth for these rows, whose best is ``own``.
+
+    A likelihood ratio; what is left out of it is how sure ``other`` is, which is surer.
+    """
+    n = int(places.max()) + 1
+    problem = _problem(logits, places, clicked, n)
+    losses = []
+    for log_e in (own, other):
+        weights = np.concatenate([[1.0, 0.0], log_e[:n]])
+        losses.append(_solved(problem, weights, np.arange(len(weights)) < 2)[1])
+    return 2.0 * (losses[1] - losses[0]) <= AGREEING
+
+
+def _problem(logits: NDArray[np.floating], places: NDArray[np.int64], clicked: NDArray[np.bool_], n: int) -> _Problem:
+    x = np.stack([logits.astype(np.float64), np.ones(len(clicked))])
+    return _Problem(x, places, clicked.astype(np.float64), _bends(n))
+
+
+def _solved(
+    problem: _Problem, weights: NDArray[np.float64], free: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], float]:
+    """The best weights float64[2 + places] from these on, of which bool[2 + places] may change; and their loss."""
     loss = problem.loss(weights)
     for _ in range(_STEPS):
         gradient, information = problem.slope(weights)
@@ -54,11 +87,11 @@ def examined(
             step *= 0.5
         else:
             break
-        done = loss - tried_loss < 1e-10 * len(clicked)
+        done = loss - tried_loss < 1e-10 * len(problem.y)
         weights, loss = tried, tried_loss
         if done:
             break
-    return np.concatenate([weights[2:], np.full(n_places - n, weights[-1])])
+    return weights, loss
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Independent parts of a training in processes of their own; results are the same, and in the same order, as without."""
+"""Independent parts of a training, in processes of their own. Results and their order are those of one process."""
 
 from __future__ import annotations
 

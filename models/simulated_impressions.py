@@ -13,12 +13,12 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import fence
+from kernels.idmap import pack_ids
 from loadtest.world import World, WorldSettings
 from loadtest.world.viewing import Responses
 from models.dataset import MINUTE_MS, WARM_UP_MINUTES
 from models.impressions import Askings, Impressions
-from kernels import fence
-from kernels.idmap import pack_ids
 from models.replay import apply_events, new_table, table_settings
 from models.telling import mix64
 from server.config import ViewerSettings
@@ -33,8 +33,8 @@ from server.viewers.table import ViewerTable
 class Policy:
     """How slates are made that are learned from, and who asks.
 
-    The ``places`` best of personal match + size of the crowd + noise are shown, in that order or, in ``shuffled`` of the
-    slates, in an order of chance; in ``explored`` of the places a random live stream stands instead.
+    The ``places`` best of personal match + size of the crowd + noise are shown, in that order or, in ``shuffled`` of
+    the slates, in an order of chance; in ``explored`` of the places a random live stream stands instead.
     """
 
     askings_per_minute: int = 25
@@ -94,8 +94,7 @@ class _Doing:
         columns = {
             f.name: getattr(self.events, f.name)[which]
             for f in fields(EventColumns)
-            if isinstance(getattr(self.events, f.name), np.ndarray)
-            and len(getattr(self.events, f.name)) == len(which)
+            if isinstance(getattr(self.events, f.name), np.ndarray) and len(getattr(self.events, f.name)) == len(which)
         }
         return _Doing(replace(self.events, **columns), self.until_ms[which])
 
@@ -198,7 +197,8 @@ class _Audience:
         n = len(i)
         events = EventColumns(
             producer_id="viewers", index=np.arange(n, dtype=np.int32), sequence=np.zeros(n, np.uint64), ids=ids,
-            id_lengths=lengths, kind=kind, epoch=epochs[i], time_ms=now_ms + np.where(kind == fence.JOINED, 0, lasted_ms),
+            id_lengths=lengths, kind=kind, epoch=epochs[i],
+            time_ms=now_ms + np.where(kind == fence.JOINED, 0, lasted_ms),
             value=np.where(kind == fence.WATCHED, answer.watch_s[i], 1.0), media_sequence=np.zeros(n, np.int64),
             viewer_hash=self._hash[who[i]],
         )  # fmt: skip

@@ -2,8 +2,8 @@
 
     python -m models.train_all [--out model_repository] [--reports build/models] [--small]
 
-Platforms are played, and towers and ranker trained, in two processes at a time; each is seeded and on one thread, so the
-same command gives the same weights and metrics. The last line of output is JSON: by model, the hash of its metrics.
+Platforms are played, and towers and ranker trained, in two processes at a time; each is seeded and on one thread, so
+the same command gives the same weights and metrics. The last line of output is JSON: by model, the hash of its metrics.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -69,7 +69,7 @@ class LogSource:
     table: TableSettings
     start: Contents | None
     path: Path
-    viewers: ViewerSettings = ViewerSettings()
+    viewers: ViewerSettings = field(default_factory=ViewerSettings)
 
     def records(self) -> Iterator[Record]:
         log = SqliteLog(self.path, read_only=True)
@@ -87,7 +87,7 @@ class HistorySource:
     table: TableSettings
     path: Path
     start: Contents | None = None
-    viewers: ViewerSettings = ViewerSettings(capacity=0)  # nobody in it has a name
+    viewers: ViewerSettings = field(default_factory=lambda: ViewerSettings(capacity=0))  # nobody in it has a name
 
     def records(self) -> Iterator[Record]:
         history = read_history(self.path)

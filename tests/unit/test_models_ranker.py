@@ -16,11 +16,12 @@ from models.calibration import fit_platt  # noqa: E402
 from models.evaluation import auc, calibration_error, log_loss  # noqa: E402
 from models.export import ExportMismatch  # noqa: E402
 from models.fit_ranker import FittedRanker, RankerSettings, answers, fit_ranker, position_effect  # noqa: E402
+from models.graph_config import config_text  # noqa: E402
 from models.impressions import ImpressionSplit, split_impressions  # noqa: E402
 from models.places import examined  # noqa: E402
 from models.ranker import TASKS, WATCH_CAP_S, Ranker, RankerShape, heads, tensors  # noqa: E402
 from models.ranker_graph import ranker_graph  # noqa: E402
-from models.repository import check_graph, config_text  # noqa: E402
+from models.repository import check_graph  # noqa: E402
 from models.training import FitSettings  # noqa: E402
 from server.scoring.model_config import parse_config  # noqa: E402
 from server.scoring.ranker_schema import (  # noqa: E402

@@ -18,7 +18,7 @@ from server.config import ViewerSettings
 from server.scoring.ranker_schema import SEQUENCE
 from tests.app import FEATURES
 from tests.events import T0, started
-from tests.rows import TABLE, Log, act, impression, table_of
+from tests.rows import Log, act, impression, table_of
 
 CLOSED_MS = labels.WINDOW_MS + labels.LATE_MS + 60_000
 MINUTE = 60_000
