@@ -28,7 +28,7 @@ MEMORY_BYTES = 8 << 30
 TOLERANCE = 1e-3
 ROOT = Path(__file__).resolve().parents[2]
 # Whoever is being served comes first, from the very begin: reading the libraries takes longer than trying the model.
-_BEGIN = "import os; os.nice(19); import sys; from server.rollout import probe; sys.exit(probe.main(sys.argv[1:]))"
+_BEGIN = "import os; os.nice(10); import sys; from server.rollout import probe; sys.exit(probe.main(sys.argv[1:]))"
 
 
 @dataclass(frozen=True)
