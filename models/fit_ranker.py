@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.calibration import fit_platt
 from models.impressions import Impressions, ImpressionSplit
-from models.places import agrees, examined
+from models.places import examined
 from models.ranker import POSITIONS, TASKS, WATCH_CAP_S, Ranker, RankerShape, task_loss, tensors
 from models.training import Course, FitSettings, Objective, descend, one_thread
 from models.trendiness import scaling
@@ -60,20 +60,21 @@ def fit_ranker(
         torch.manual_seed(seed)
         shape = RankerShape(split.fit.features.shape[1], split.fit.stream_embedding.shape[1])
         model = Ranker(shape, *_scaling(split.fit))
-        told = known_places(split.fit)
-        chance = told.take(told.by_chance)
-        by_chance = int(chance.clicked.sum()) >= LEAST_CLICKS
-        if by_chance:
-            # In an order of chance the shares of clicks alone say it, whatever the net does not know of viewers.
-            settle_places(model, chance, liked=np.zeros(len(chance), np.float32))
+        # Rows that the net does not learn from are as good as others here: what is judged are places, not viewers.
+        by_chance = [
+            part.take(part.by_chance & (part.position >= 1.0)) for part in (split.fit, split.stop, split.calibrate)
+        ]
+        settled = sum(int(part.clicked.sum()) for part in by_chance) >= LEAST_CLICKS
+        if settled:
+            # In an order of chance the shares of clicks alone say it, whatever the net does not know of viewers, and
+            # better than with what it says of rows that it has learned by heart.
+            model.set_log_examined(_examined(by_chance, [np.zeros(len(part), np.float32) for part in by_chance]))
             model.unseen.requires_grad_(False)
         objective = RankerObjective(model, split.fit, split.stop, settings.creator_dropout)
         course = descend(objective, settings.fit, seed, say, workers=workers, checkpoint=checkpoint)
         model.to("cpu")
-        if by_chance:
-            _keep_chance_right(model, [known_places(part) for part in (split.fit, split.stop, split.calibrate)])
-        else:
-            settle_places(model, told)
+        if not settled:
+            settle_places(model, known_places(split.fit))
         calibrate(model, split.calibrate)
     return FittedRanker(model, course)
 
@@ -117,33 +118,17 @@ class RankerObjective(Objective):
         return task_loss(self.model.logits(**given), log_examined, labels)
 
 
-def settle_places(model: Ranker, rows: Impressions, liked: NDArray[np.float32] | None = None) -> None:
-    """Sets the effect of places to the most likely one, given what the net says of ``rows``; see `models.places`.
-
-    Args:
-        liked: float32[R], taken instead of the net's logits of a click.
-    """
-    if liked is None:
-        liked = np.concatenate([logits[:, 0] for logits, _ in _logits(model, rows)])
-    places = np.minimum(rows.position, POSITIONS).astype(np.int64) - 1
-    model.set_log_examined(examined(liked, places, rows.clicked, POSITIONS))
+def settle_places(model: Ranker, rows: Impressions) -> None:
+    """Sets the effect of places to the most likely one, given what the net says of ``rows``; see `models.places`."""
+    model.set_log_examined(_examined([rows], [np.concatenate([logits[:, 0] for logits, _ in _logits(model, rows)])]))
 
 
-def _keep_chance_right(model: Ranker, parts: Sequence[Impressions]) -> None:
-    """Sets the effect of places by all rows, if slates in an order of chance do not speak against it; else by those.
-
-    All rows are surer, being more, and right if the net knows what those knew who made the slates. By chance is right
-    in any case. So the surer one is taken unless the other one contradicts it (a specification test, after Hausman,
-    1978). Rows that nothing was learned from are as good as others: what is judged here are places and not viewers.
-    """
-    liked = np.concatenate([logits[:, 0] for part in parts for logits, _ in _logits(model, part)])
-    places = np.concatenate([np.minimum(part.position, POSITIONS).astype(np.int64) - 1 for part in parts])
-    clicked = np.concatenate([part.clicked for part in parts])
-    chance = np.concatenate([part.by_chance for part in parts])
-    by_all = examined(liked, places, clicked, POSITIONS)
-    own = liked[chance], places[chance], clicked[chance]
-    by_chance = examined(*own, POSITIONS)
-    model.set_log_examined(by_all if agrees(by_chance, by_all, *own) else by_chance)
+def _examined(parts: Sequence[Impressions], liked: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """float64[POSITIONS], log, by the rows of all parts. liked: logits of a click, of each part's rows."""
+    places = [np.minimum(part.position, POSITIONS).astype(np.int64) - 1 for part in parts]
+    return examined(
+        np.concatenate(liked), np.concatenate(places), np.concatenate([part.clicked for part in parts]), POSITIONS
+    )
 
 
 def calibrate(model: Ranker, rows: Impressions) -> None:

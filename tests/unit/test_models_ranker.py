@@ -18,7 +18,7 @@ from models.export import ExportMismatch  # noqa: E402
 from models.fit_ranker import FittedRanker, RankerSettings, answers, fit_ranker, position_effect  # noqa: E402
 from models.graph_config import config_text  # noqa: E402
 from models.impressions import ImpressionSplit, split_impressions  # noqa: E402
-from models.places import agrees, examined  # noqa: E402
+from models.places import examined  # noqa: E402
 from models.ranker import TASKS, WATCH_CAP_S, Ranker, RankerShape, heads, tensors  # noqa: E402
 from models.ranker_graph import ranker_graph  # noqa: E402
 from models.repository import check_graph  # noqa: E402
@@ -235,25 +235,12 @@ def test_places_are_refused_without_a_first_one_and_copied_where_none_was_seen()
         examined(np.zeros(20_000), places + 1, clicked, 6)
 
 
-def shown(seed: int, rows: int, taste: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """By chance bool, logits known, places from 0 and clicks, of rows [n]; a third of them in an order of chance, the
-    others by what is liked, of which ``taste`` is not in the logits."""
-    rng = np.random.default_rng(seed)
-    known, unknown = rng.standard_normal((2, rows, 10))
-    chance = rng.random(rows) < 1 / 3
-    order = np.argsort(np.where(chance[:, None], rng.random((rows, 10)), -(known + taste * unknown)), axis=1)
-    known, unknown = (np.take_along_axis(x, order, axis=1) for x in (known, unknown))
-    places = np.broadcast_to(np.arange(10), (rows, 10))
-    liked = 1 / (1 + np.exp(2.0 - known - taste * unknown))
-    clicked = rng.random((rows, 10)) < (1.0 + places) ** -0.7 * liked
-    return np.repeat(chance, 10), known.ravel(), places.ravel(), clicked.ravel()
-
-
-@pytest.mark.parametrize(("taste", "agree"), [(0.0, True), (1.5, False)])
-def test_all_rows_tell_of_places_unless_slates_by_chance_contradict_them(taste: float, agree: bool) -> None:
-    chance, *told = shown(3, 6_000, taste)
-    by_all, own = examined(*told, 10), [column[chance] for column in told]
-    by_chance = examined(*own, 10)
-    assert agrees(by_chance, by_all, *own) is agree
-    errors = [np.abs(np.exp(found) * (1.0 + np.arange(10)) ** 0.7 - 1).max() for found in (by_all, by_chance)]
-    assert errors[0 if agree else 1] < 0.1
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_effect_of_places_is_smooth_unless_clicks_say_otherwise(fold: bool) -> None:
+    """Below a fold after the fifth place only half as many look."""
+    rng = np.random.default_rng(4)
+    places = np.tile(np.arange(20), 10_000)
+    planted = (1.0 + np.arange(20)) ** -0.7 * np.where(fold & (np.arange(20) >= 5), 0.5, 1.0)
+    clicked = rng.random(len(places)) < 0.2 * planted[places]
+    found = np.exp(examined(np.zeros(len(places)), places, clicked, 20))
+    np.testing.assert_allclose(found, planted, rtol=0.25 if fold else 0.1)
