@@ -190,9 +190,9 @@ def test_heads_are_better_than_their_base_rates_and_calibrated(split: Impression
     assert seconds == pytest.approx(np.minimum(test.watch_s, WATCH_CAP_S).mean(), rel=0.15)
 
 
-def test_the_effect_of_places_is_found_within_a_tenth(fitted: FittedRanker) -> None:
+def test_the_effect_of_places_is_found_without_slates_by_chance_if_less_well(fitted: FittedRanker) -> None:
     planted = np.arange(1, PLACES + 1) ** -EXPONENT
-    np.testing.assert_allclose(position_effect(fitted.model)[:PLACES], planted, rtol=0.1)
+    np.testing.assert_allclose(position_effect(fitted.model)[:PLACES], planted, rtol=0.15)
 
 
 def test_equal_seeds_give_equal_weights(split: ImpressionSplit) -> None:
