@@ -6,6 +6,7 @@ are not declared here, or write operator sets that servers do not know yet.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,8 @@ from server.scoring.model_config import COMMIT_PARAMETER, INPUT, OUTPUT, SCHEMA_
 OPSET = 17
 IR_VERSION = 8
 """What belongs to opset 17: onnxruntime from 1.12 and the Triton containers of the last years read it."""
+GRAPH_HASH = "graph_sha256"
+"""Of model.onnx, in the record beside it: that record is of these weights."""
 TOLERANCE = 1e-5
 MODEL_NAME = "trendiness"
 
@@ -137,7 +140,7 @@ def publish(
     save_weights(hidden / WEIGHTS, Weights(model, MODEL_NAME, schema, sample, without_nan(facts), config_metrics))
     written = {
         **facts, "feature_schema": schema, "commit": revision, "headline": config_metrics,
-        "onnx_difference": difference, "onnx_checked_rows": len(checked),
+        "onnx_difference": difference, "onnx_checked_rows": len(checked), GRAPH_HASH: graph_hash(graph),
     }  # fmt: skip
     text = json.dumps(without_nan(written), indent=2, sort_keys=True, allow_nan=False)
     (hidden / "metrics.json").write_text(text + "\n")
@@ -157,6 +160,11 @@ def odd_rows(n_features: int, rows: int = 64) -> NDArray[np.float32]:
     for value in (np.nan, np.inf, -np.inf, 0.0):
         found[rng.random(found.shape) < 0.03] = value
     return found.astype(np.float32)
+
+
+def graph_hash(graph: bytes) -> str:
+    """sha256 of a model's file."""
+    return hashlib.sha256(graph).hexdigest()
 
 
 def without_nan(facts: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,15 +60,21 @@ def fit_ranker(
         torch.manual_seed(seed)
         shape = RankerShape(split.fit.features.shape[1], split.fit.stream_embedding.shape[1])
         model = Ranker(shape, *_scaling(split.fit))
-        telling, by_chance = _telling_of_places(split.fit)
-        if by_chance:
-            # In an order of chance the shares of clicks alone say it, whatever the net does not know of viewers.
-            settle_places(model, telling, liked=np.zeros(len(telling), np.float32))
+        # Rows that the net does not learn from are as good as others here: what is judged are places, not viewers.
+        by_chance = [
+            part.take(part.by_chance & (part.position >= 1.0)) for part in (split.fit, split.stop, split.calibrate)
+        ]
+        settled = sum(int(part.clicked.sum()) for part in by_chance) >= LEAST_CLICKS
+        if settled:
+            # In an order of chance the shares of clicks alone say it, whatever the net does not know of viewers, and
+            # better than with what it says of rows that it has learned by heart.
+            model.set_log_examined(_examined(by_chance, [np.zeros(len(part), np.float32) for part in by_chance]))
             model.unseen.requires_grad_(False)
         objective = RankerObjective(model, split.fit, split.stop, settings.creator_dropout)
         course = descend(objective, settings.fit, seed, say, workers=workers, checkpoint=checkpoint)
         model.to("cpu")
-        settle_places(model, telling)
+        if not settled:
+            settle_places(model, known_places(split.fit))
         calibrate(model, split.calibrate)
     return FittedRanker(model, course)
 
@@ -112,24 +118,17 @@ class RankerObjective(Objective):
         return task_loss(self.model.logits(**given), log_examined, labels)
 
 
-def settle_places(model: Ranker, rows: Impressions, liked: NDArray[np.float32] | None = None) -> None:
-    """Sets the effect of places to the most likely one, given what the net says of ``rows``; see `models.places`.
-
-    Args:
-        liked: float32[R], taken instead of the net's logits of a click.
-    """
-    if liked is None:
-        liked = np.concatenate([logits[:, 0] for logits, _ in _logits(model, rows)])
-    places = np.minimum(rows.position, POSITIONS).astype(np.int64) - 1
-    model.set_log_examined(examined(liked, places, rows.clicked, POSITIONS))
+def settle_places(model: Ranker, rows: Impressions) -> None:
+    """Sets the effect of places to the most likely one, given what the net says of ``rows``; see `models.places`."""
+    model.set_log_examined(_examined([rows], [np.concatenate([logits[:, 0] for logits, _ in _logits(model, rows)])]))
 
 
-def _telling_of_places(rows: Impressions) -> tuple[Impressions, bool]:
-    """The rows that places are judged by, and whether they were shown in an order of chance: those, if they suffice."""
-    told = rows.take(np.flatnonzero(rows.position >= 1.0))
-    chance = told.take(np.flatnonzero(told.by_chance))
-    enough = int(chance.clicked.sum()) >= LEAST_CLICKS
-    return (chance, True) if enough else (told, False)
+def _examined(parts: Sequence[Impressions], liked: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """float64[POSITIONS], log, by the rows of all parts. liked: logits of a click, of each part's rows."""
+    places = [np.minimum(part.position, POSITIONS).astype(np.int64) - 1 for part in parts]
+    return examined(
+        np.concatenate(liked), np.concatenate(places), np.concatenate([part.clicked for part in parts]), POSITIONS
+    )
 
 
 def calibrate(model: Ranker, rows: Impressions) -> None:

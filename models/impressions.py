@@ -17,11 +17,8 @@ from models.schema import RowTable
 from server.scoring.ranker_schema import (
     CODE_BUCKETS,
     NEUTRAL_POSITION,
-    OUTCOME_VALUES,
     SEQUENCE,
     SEQUENCE_META,
-    WATCHED_MS,
-    Outcome,
     RankerInputs,
     bucket_of,
     missing_of,
@@ -239,29 +236,16 @@ def segments(rows: Impressions, age_minutes: NDArray[np.float32], languages: Map
 
 def _histories(table: RowTable, first: NDArray[np.int64], dim: int) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
     """sequence_embedding and sequence_meta of the askings whose first rows are ``first``; zeros without the columns."""
-    embeddings = np.zeros((len(first), SEQUENCE, dim), np.float16)
-    meta = np.zeros((len(first), SEQUENCE, len(SEQUENCE_META)), np.float32)
-    if "recent_age_s" not in table.columns:
-        return embeddings, meta
-    for at, row in enumerate(first.tolist()):
-        age, watch = (
-            np.asarray(table[name][row][:SEQUENCE], np.float32) for name in ("recent_age_s", "recent_watch_s")
+    n = len(first)
+    if "recent_meta" not in table.columns:
+        return (
+            np.zeros((n, SEQUENCE, dim), np.float16),
+            np.zeros((n, SEQUENCE, len(SEQUENCE_META)), np.float32),
         )
-        n = len(age)
-        if n == 0:
-            continue
-        embeddings[at, :n] = np.stack(table["recent_embeddings"][row][:SEQUENCE])
-        meta[at, :n, 0], meta[at, :n, 1] = np.log1p(age / 60.0), np.log1p(watch)
-        meta[at, :n, 2] = _outcome(table, row, watch)
-        meta[at, :n, 3] = 1.0
-    return embeddings, meta
-
-
-def _outcome(table: RowTable, row: int, watch_s: NDArray[np.float32]) -> NDArray[np.float32]:
-    if "recent_outcome" in table.columns:
-        return np.asarray(table["recent_outcome"][row][: len(watch_s)], np.float32)
-    watched = OUTCOME_VALUES[Outcome.WATCHED] * (watch_s * 1000.0 >= WATCHED_MS)
-    return (OUTCOME_VALUES[Outcome.CLICKED] + watched).astype(np.float32)
+    return (
+        table["recent_embeddings"][first].reshape(n, SEQUENCE, dim),
+        table["recent_meta"][first].reshape(n, SEQUENCE, len(SEQUENCE_META)),
+    )
 
 
 def _texts(column: NDArray[Any]) -> NDArray[np.str_]:

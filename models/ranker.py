@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
 from models.trendiness import standardised
-from server.scoring.ranker_schema import CODE_BUCKETS, HEADS, SEQUENCE, SEQUENCE_META, RankerInputs
+from server.scoring.ranker_schema import CODE_BUCKETS, HEADS, SEQUENCE_META, RankerInputs
 
 TASKS = (*HEADS, "watch_time")
 """What is learned: the heads, and the expected share of WATCH_CAP_S that is watched."""
@@ -215,11 +215,3 @@ def heads(model: Ranker, inputs: RankerInputs) -> NDArray[np.float32]:
     """float32[R, 4]: what a server gets."""
     with torch.inference_mode():
         return np.asarray(model(**tensors(inputs))[:, : len(HEADS)].numpy())
-
-
-def neutral_history(viewers: int, dim: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """sequence_embedding and sequence_meta of viewers about whom nothing is known."""
-    return (
-        np.zeros((viewers, SEQUENCE, dim), np.float32),
-        np.zeros((viewers, SEQUENCE, len(SEQUENCE_META)), np.float32),
-    )

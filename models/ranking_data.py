@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from loadtest.world import WorldSettings
 from loadtest.world.audience import DAY_MS
 from loadtest.world.viewing import examination
 from models.impressions import Impressions, ImpressionSplit, concatenate_impressions, impressions_of, split_impressions
+from models.processes import Each, one_after_the_other
 from models.schema import read_rows
 from models.simulated_impressions import Policy, simulate_impressions
 from server.errors import ConfigError
@@ -45,18 +47,31 @@ class RankingData:
     source: dict[str, Any]
 
 
-def simulated(settings: SimulationSettings, features: FeatureSet, say: Callable[[str], None]) -> RankingData:
-    """Plays the platforms; equal settings give equal rows. Raises ValueError: too few minutes for a split."""
-    policy = Policy(askings_per_minute=settings.askings_per_minute)
+def play(settings: SimulationSettings, features: FeatureSet, number: int) -> Impressions:
+    """The impressions of platform ``number``."""
+    # Embeddings of different worlds have nothing in common: what is learned must not lean on their directions.
+    world = WorldSettings(
+        seed=settings.seed + 100 * (number + 1), target_live=settings.streams, step_ms=5_000, heartbeat_ms=10_000,
+        embedding_dim=settings.embedding_dim, n_creators=max(2_000, 4 * settings.streams),
+        start_ms=_start_ms(number, settings.platforms),
+    )  # fmt: skip
+    return simulate_impressions(world, settings.minutes, features, _policy(settings), name=f"platform-{number}")
+
+
+def simulated(
+    settings: SimulationSettings,
+    features: FeatureSet,
+    say: Callable[[str], None],
+    each: Each = one_after_the_other,
+) -> RankingData:
+    """Plays the platforms; equal settings give equal rows. Raises ValueError: too few minutes for a split.
+
+    Args:
+        each: does the platforms, which know nothing of each other.
+    """
+    policy = _policy(settings)
     splits = []
-    for number in range(settings.platforms):
-        # Embeddings of different worlds have nothing in common: what is learned must not lean on their directions.
-        world = WorldSettings(
-            seed=settings.seed + 100 * (number + 1), target_live=settings.streams, step_ms=5_000, heartbeat_ms=10_000,
-            embedding_dim=settings.embedding_dim, n_creators=max(2_000, 4 * settings.streams),
-            start_ms=_start_ms(number, settings.platforms),
-        )  # fmt: skip
-        rows = simulate_impressions(world, settings.minutes, features, policy, name=f"platform-{number}")
+    for number, rows in enumerate(each(partial(play, settings, features), range(settings.platforms))):
         splits.append(split_impressions(rows, LONGEST_VISIT_MS))
         say(f"platform {number}: {len(rows)} impressions, {int(rows.clicked.sum())} clicks")
     parts = {
@@ -65,6 +80,10 @@ def simulated(settings: SimulationSettings, features: FeatureSet, say: Callable[
     }
     source = {"simulated": settings.__dict__, "policy": policy.__dict__}
     return RankingData(ImpressionSplit(**parts), examination(np.arange(policy.places)), features.schema, source)
+
+
+def _policy(settings: SimulationSettings) -> Policy:
+    return Policy(askings_per_minute=settings.askings_per_minute)
 
 
 def of_file(path: Path) -> RankingData:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +14,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from models import experiment
-from models.export import TOLERANCE, ExportMismatch
-from server.scoring.model_config import VERSIONS_KEPT
-
-_TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
-_PLAIN = re.compile(r"[A-Za-z0-9_.:-]+")  # needs no escaping in protobuf text
+from models.export import GRAPH_HASH, TOLERANCE, ExportMismatch, graph_hash
+from models.graph_config import config_text
 
 
 def check_graph(
@@ -50,31 +46,6 @@ def check_graph(
     return worst
 
 
-def config_text(name: str, graph: onnx.ModelProto, metrics: Mapping[str, float]) -> str:
-    """config.pbtxt of a graph: its inputs and outputs, what it says about itself (schemas), and headline metrics.
-
-    Raises ValueError for a name that protobuf text would have to escape.
-    """
-    parameters = {p.key: p.value for p in graph.metadata_props}
-    parameters |= {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()}
-    for text in (name, *parameters, *parameters.values()):
-        if not _PLAIN.fullmatch(text):
-            raise ValueError(f"model configuration: {text!r} may hold letters, digits and _ . : - only")
-    lines = [
-        "# Written by the exporter (models/repository.py); do not edit.",
-        f'name: "{name}"',
-        'platform: "onnxruntime_onnx"',
-        "# 0: rows of one call belong together (viewer_of), so Triton must not join or split calls.",
-        "max_batch_size: 0",
-        *(_tensor("input", value) for value in graph.graph.input),
-        *(_tensor("output", value) for value in graph.graph.output),
-        "instance_group [ { kind: KIND_AUTO count: 1 } ]",
-        f"version_policy {{ latest {{ num_versions: {VERSIONS_KEPT} }} }}",
-        *(f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()),
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def place(
     repository: Path,
     name: str,
@@ -100,7 +71,7 @@ def place(
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     (hidden / "model.onnx").write_bytes(content)
-    experiment.write(hidden, facts)
+    experiment.write(hidden, {**facts, GRAPH_HASH: graph_hash(content)})
     config = folder / ".new-config.pbtxt"
     config.write_text(config_text(name, graph, headline))
     os.replace(config, folder / "config.pbtxt")
@@ -108,9 +79,3 @@ def place(
         shutil.rmtree(final)
     os.replace(hidden, final)
     return final
-
-
-def _tensor(kind: str, value: onnx.ValueInfoProto) -> str:
-    tensor = value.type.tensor_type
-    dims = ", ".join(str(d.dim_value) if d.HasField("dim_value") else "-1" for d in tensor.shape.dim)
-    return f'{kind} [ {{ name: "{value.name}" data_type: {_TYPES[tensor.elem_type]} dims: [ {dims} ] }} ]'

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from models import labels
 from server.errors import ConfigError
 from server.live.features import FeatureSet
+from server.scoring.ranker_schema import SEQUENCE, SEQUENCE_META
+from server.viewers.table import Histories
 
 Kind = Literal["impressions", "streams"]
 ROW_GROUP_ROWS = 8_192
-FORMAT = "1"
+FORMAT = "2"
 """Changes when a column changes its name, type or meaning."""
 
 _STREAM = [("stream_id", pa.string()), ("epoch", pa.int64())]
@@ -47,11 +49,18 @@ _STREAM_LABELS = [
 
 
 def viewer_fields(dim: int) -> list[tuple[str, Any]]:
-    """Optional columns of impressions: the viewer's recent streams, newest first, all lists of one length per row."""
+    """Optional columns of impressions: the viewer's recent streams as a ranker gets them (`server.viewers.table`)."""
     return [
-        ("recent_stream_ids", pa.list_(pa.string())), ("recent_age_s", pa.list_(pa.float32())),
-        ("recent_watch_s", pa.list_(pa.float32())), ("recent_embeddings", pa.list_(pa.list_(pa.float32(), dim))),
-    ]  # fmt: skip
+        ("recent_meta", pa.list_(pa.float32(), SEQUENCE * len(SEQUENCE_META))),
+        ("recent_embeddings", pa.list_(pa.float16(), SEQUENCE * dim)),
+    ]
+
+
+def history_columns(histories: Histories) -> dict[str, Any]:
+    """The columns of `viewer_fields` for n viewers. Embeddings lose nothing: viewers' tables hold them as float16."""
+    n = len(histories.meta)
+    embedding = histories.embedding.astype(np.float16).reshape(n, -1)
+    return {"recent_meta": vectors(histories.meta.reshape(n, -1)), "recent_embeddings": vectors(embedding)}
 
 
 def arrow_schema(kind: Kind, n_features: int, dim: int, viewers: bool = False) -> Any:

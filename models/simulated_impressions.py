@@ -2,43 +2,39 @@
 
 Features are read from the live table at the minute of the reply, by the server's own code, as in `models.dataset`;
 what viewers do with a slate is `loadtest.world.viewing`, which also plants the effect of places. What they do does not
-flow back into the platform: next to its crowds it is nothing.
+flow back into the platform: next to its crowds it is nothing. It goes, as events, into a table of viewers like the
+server's (`server.viewers.table`), when it is over, and so into what is known of a viewer who asks again.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import fence
+from kernels.idmap import pack_ids
 from loadtest.world import World, WorldSettings
 from loadtest.world.viewing import Responses
 from models.dataset import MINUTE_MS, WARM_UP_MINUTES
 from models.impressions import Askings, Impressions
 from models.replay import apply_events, new_table, table_settings
+from models.telling import mix64
+from server.config import ViewerSettings
+from server.live.events import EventColumns
 from server.live.features import FeatureSet
 from server.live.table import LiveTable
-from server.scoring.ranker_schema import (
-    BOUNCE_MS,
-    CODE_BUCKETS,
-    OUTCOME_VALUES,
-    SEQUENCE,
-    SEQUENCE_META,
-    WATCHED_MS,
-    Outcome,
-    bucket_of,
-    missing_of,
-)
+from server.scoring.ranker_schema import CODE_BUCKETS, WATCHED_MS, bucket_of, missing_of
+from server.viewers.table import ViewerTable
 
 
 @dataclass(frozen=True)
 class Policy:
     """How slates are made that are learned from, and who asks.
 
-    The ``places`` best of personal match + size of the crowd + noise are shown, in that order; in ``explored`` of the
-    places a random live stream stands instead.
+    The ``places`` best of personal match + size of the crowd + noise are shown, in that order or, in ``shuffled`` of
+    the slates, in an order of chance; in ``explored`` of the places a random live stream stands instead.
     """
 
     askings_per_minute: int = 25
@@ -46,6 +42,7 @@ class Policy:
     viewers: int = 2_000  # who ask; few, so that they come back
     unknown: float = 0.3  # share of viewers whose embedding nobody has
     explored: float = 0.2  # share of places
+    shuffled: float = 0.3  # share of slates
     match: float = 2.0  # per unit of cosine
     crowd: float = 0.3  # per unit of log viewers
     noise: float = 1.0  # scale of Gumbel noise
@@ -82,6 +79,26 @@ def simulate_impressions(
     return _renumbered(parts)
 
 
+_SESSIONS_PER_STREAM = 50
+
+
+@dataclass(frozen=True)
+class _Doing:
+    """Events of visits, n of them, told when the visit is over: until_ms int64[n]."""
+
+    events: EventColumns
+    until_ms: NDArray[np.int64]
+
+    def take(self, which: NDArray[np.bool_]) -> _Doing:
+        """Those where bool[n] is True."""
+        columns = {
+            f.name: getattr(self.events, f.name)[which]
+            for f in fields(EventColumns)
+            if isinstance(getattr(self.events, f.name), np.ndarray) and len(getattr(self.events, f.name)) == len(which)
+        }
+        return _Doing(replace(self.events, **columns), self.until_ms[which])
+
+
 class _Audience:
     """Viewers who ask each minute, and remember what they watched."""
 
@@ -91,7 +108,10 @@ class _Audience:
         self._taste = np.stack([viewer.embedding for viewer in viewers])
         known = np.random.default_rng([world.settings.seed, 78]).random(policy.viewers) >= policy.unknown
         self._told = np.where(known[:, None], self._taste, np.float32(0.0))
-        self._visits: list[OrderedDict[int, tuple[int, float, float]]] = [OrderedDict() for _ in viewers]
+        self._hash = mix64(np.arange(policy.viewers, dtype=np.uint64)) | np.uint64(1 << 63)
+        settings = ViewerSettings(capacity=policy.viewers, sessions=_SESSIONS_PER_STREAM * world.settings.target_live)
+        self._remembered = ViewerTable(settings, world.settings.embedding_dim)
+        self._doing: list[_Doing] = []  # visits that are not over
 
     def ask(self, table: LiveTable, features: FeatureSet, rng: np.random.Generator) -> Impressions:
         """One minute of askings, at the world's present time."""
@@ -101,15 +121,17 @@ class _Audience:
         rows = streams.rows_of([table.stream_id(int(slot)) for slot in slots])
         found = features.compute(table.columns, slots, now_ms, table.landmark_ms)
         viewer = np.sort(rng.choice(policy.viewers, policy.askings_per_minute, replace=False))
-        shown, propensity = self._slates(viewer, rows, rng)  # [Q, places] into rows
+        self._tell_what_is_over(table, now_ms)
+        shown, propensity, by_chance = self._slates(viewer, rows, rng)  # [Q, places] into rows; the last bool[Q]
         places = np.tile(np.arange(shown.shape[1]), len(viewer))
         who, which = np.repeat(viewer, shown.shape[1]), shown.ravel()
-        askings = self._askings(viewer, now_ms)
         answer = world.viewing.respond(self._taste[who], rows[which], places, rng)
-        self._remember(who, rows[which], answer, now_ms)
         row = rows[which]
+        self._doing.append(self._visits(who, row, table.columns.epoch[slots[which]], answer, now_ms))
+        known = self._remembered.histories(self._hash[viewer], now_ms)
+        told = self._told[viewer], known.embedding.astype(np.float16), known.meta, viewer.astype(np.int64)
         return Impressions(
-            askings=askings,
+            askings=Askings(*told),
             at_ms=np.full(len(row), now_ms, np.int64),
             features=found.values[which],
             missing=missing_of(found.states)[which],
@@ -120,7 +142,7 @@ class _Audience:
             asking=np.repeat(np.arange(len(viewer)), shown.shape[1]),
             position=(places + 1).astype(np.float32),
             propensity=propensity.ravel().astype(np.float32),
-            by_chance=np.zeros(len(row), np.bool_),
+            by_chance=np.repeat(by_chance, shown.shape[1]),
             clicked=answer.clicked,
             watched=answer.watch_s * 1000 >= WATCHED_MS,
             purchased=answer.spent_minor > 0,
@@ -131,7 +153,7 @@ class _Audience:
 
     def _slates(
         self, viewer: NDArray[np.int64], rows: NDArray[np.int64], rng: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
         policy, streams = self._policy, self._world.streams
         crowd = policy.crowd * np.log1p(streams.viewers[rows])
         # What nobody tells the policy it does not know: else places would tell of it.
@@ -146,35 +168,56 @@ class _Audience:
             spare = others[q][~np.isin(others[q], shown[q])][: explored[q].sum()]
             explored[q, np.flatnonzero(explored[q])[len(spare) :]] = False
             shown[q, explored[q]] = spare
-        return shown, np.where(explored, policy.explored / max(1, len(rows) - n), 0.0)
+        propensity = np.where(explored, policy.explored / max(1, len(rows) - n), 0.0)
+        by_chance = rng.random(len(viewer)) < policy.shuffled
+        order = np.where(by_chance[:, None], np.argsort(rng.random(shown.shape), axis=1), np.arange(n))
+        return np.take_along_axis(shown, order, axis=1), np.take_along_axis(propensity, order, axis=1), by_chance
 
-    def _askings(self, viewer: NDArray[np.int64], now_ms: int) -> Askings:
-        dim = self._taste.shape[1]
-        embedding = np.zeros((len(viewer), SEQUENCE, dim), np.float16)
-        meta = np.zeros((len(viewer), SEQUENCE, len(SEQUENCE_META)), np.float32)
-        for q, number in enumerate(viewer.tolist()):
-            visits = self._visits[number]
-            for place, (row, (seen_ms, watch_s, outcome)) in enumerate(reversed(visits.items())):
-                embedding[q, place] = self._world.streams.embedding[row]
-                meta[q, place] = np.log1p((now_ms - seen_ms) / 60_000), np.log1p(watch_s), outcome, 1.0
-        return Askings(self._told[viewer], embedding, meta, viewer.astype(np.int64))
+    def _visits(
+        self,
+        who: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        epochs: NDArray[np.int64],
+        answer: Responses,
+        now_ms: int,
+    ) -> _Doing:
+        """What was clicked, as the events that clients would send of it, in the order in which they happen."""
+        of: list[NDArray[np.int64]] = []
+        kinds: list[NDArray[np.uint8]] = []
+        for kind, happens in (
+            (fence.JOINED, answer.clicked), (fence.WATCHED, answer.clicked), (fence.PURCHASED, answer.spent_minor > 0),
+            (fence.REPORTED, answer.reported), (fence.LEFT, answer.clicked),
+        ):  # fmt: skip
+            of.append(np.flatnonzero(happens))
+            kinds.append(np.full(len(of[-1]), kind, np.uint8))
+        i, kind = np.concatenate(of), np.concatenate(kinds)
+        i, kind = i[order := np.argsort(i, kind="stable")], kind[order]
+        lasted_ms = (answer.watch_s[i] * 1000).astype(np.int64)
+        ids, lengths = pack_ids([self._world.streams.ids[row].encode() for row in rows[i]])
+        n = len(i)
+        events = EventColumns(
+            producer_id="viewers", index=np.arange(n, dtype=np.int32), sequence=np.zeros(n, np.uint64), ids=ids,
+            id_lengths=lengths, kind=kind, epoch=epochs[i],
+            time_ms=now_ms + np.where(kind == fence.JOINED, 0, lasted_ms),
+            value=np.where(kind == fence.WATCHED, answer.watch_s[i], 1.0), media_sequence=np.zeros(n, np.int64),
+            viewer_hash=self._hash[who[i]],
+        )  # fmt: skip
+        return _Doing(events, now_ms + lasted_ms)
 
-    def _remember(self, who: NDArray[np.int64], rows: NDArray[np.int64], answer: Responses, now_ms: int) -> None:
-        for i in np.flatnonzero(answer.clicked).tolist():
-            watch_s, visits = float(answer.watch_s[i]), self._visits[int(who[i])]
-            bits = {
-                Outcome.CLICKED: True,
-                Outcome.WATCHED: watch_s * 1000 >= WATCHED_MS,
-                Outcome.ENGAGED: bool(answer.spent_minor[i]),
-                Outcome.PURCHASED: bool(answer.spent_minor[i]),
-                Outcome.REPORTED: bool(answer.reported[i]),
-                Outcome.NEGATIVE: watch_s * 1000 < BOUNCE_MS and not answer.spent_minor[i],
-            }
-            outcome = sum(OUTCOME_VALUES[bit] for bit, happened in bits.items() if happened)
-            visits.pop(int(rows[i]), None)
-            visits[int(rows[i])] = (now_ms, watch_s, outcome)
-            if len(visits) > SEQUENCE:
-                visits.popitem(last=False)
+    def _tell_what_is_over(self, table: LiveTable, now_ms: int) -> None:
+        """Visits that ended by now go into the table of viewers; where the session is over meanwhile, they are lost,
+        as events of an ended session are."""
+        going_on = []
+        for doing in self._doing:
+            over = doing.until_ms <= now_ms
+            events = doing.events
+            slots = table.map.lookup(events.ids, events.id_lengths)
+            current = over & (slots >= 0) & (table.columns.epoch[slots] == events.epoch)
+            current &= table.live_mask(now_ms)[slots]
+            self._remembered.applied(table, events, slots, current)
+            if not over.all():
+                going_on.append(doing.take(~over))
+        self._doing = going_on
 
     def _codes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         streams = self._world.streams

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from models.dataset import Rows, concatenate, simulate, split_by_time
 from models.evaluation import report
 from models.export import publish, without_nan
 from models.fit import FitSettings, fit
+from models.processes import Each, one_after_the_other
 from models.telling import Telling, everything, mixed, only
 from models.trendiness import Trendiness, predict
 from server.config import TableSettings
@@ -63,6 +65,8 @@ PLATFORMS = (
     Platform(30, 10_000, 6, 100_000),
 )
 TEST_SEED_OFFSET = 1_000
+UNSEEN = ("unseen", "unseen_slow")
+"""Platforms of the first two kinds, with other people on them: what the model is tested on."""
 # How the unseen platform is told in the second test.
 TEST_TELLINGS: dict[str, Telling] = {
     "everything": everything,
@@ -103,17 +107,40 @@ def world_settings(settings: TrainSettings, number: int, seed: int) -> WorldSett
     )  # fmt: skip
 
 
-def train(settings: TrainSettings, features: FeatureSet, say: Callable[[str], None]) -> Trained:
-    """Simulates, fits, calibrates and tests; writes nothing."""
-    parts: list[Rows] = []
-    for number in range(settings.platforms):
+def play(settings: TrainSettings, features: FeatureSet, number: int) -> list[Rows]:
+    """Rows of platform ``number``, told completely and incompletely; of the platforms to learn from there are
+    ``settings.platforms``, those after them are the first two again, with other people on them, told in each way of
+    TEST_TELLINGS."""
+    if number < settings.platforms:
         world = world_settings(settings, number, settings.seed + number)
+        tellings, told_as = [everything, mixed(world.seed)], number
+    else:
+        number, told_as = number - settings.platforms, 0
+        world = world_settings(settings, number, settings.seed + TEST_SEED_OFFSET)
+        tellings = list(TEST_TELLINGS.values())
+    slowness = PLATFORMS[number % len(PLATFORMS)].slowness
+    return simulate(world, settings.minutes, features, tellings, slowness=slowness, world=told_as)
+
+
+def train(
+    settings: TrainSettings, features: FeatureSet, say: Callable[[str], None], each: Each = one_after_the_other
+) -> Trained:
+    """Simulates, fits, calibrates and tests; writes nothing.
+
+    Args:
+        each: does the platforms, which know nothing of each other.
+    """
+    parts: list[Rows] = []
+    n_unseen = min(len(UNSEEN), settings.platforms)
+    played = each(partial(play, settings, features), range(settings.platforms + n_unseen))
+    told_unseen: list[list[Rows]] = []
+    for number, told in enumerate(played):
+        if number >= settings.platforms:
+            told_unseen.append(told)
+            continue
         # Both tellings of a platform are at the same minutes, hence in the same part of the split.
-        complete, incomplete = simulate(
-            world, settings.minutes, features, [everything, mixed(world.seed)],
-            slowness=PLATFORMS[number % len(PLATFORMS)].slowness, world=number,
-        )  # fmt: skip
-        parts += [complete, incomplete]
+        complete, incomplete = told
+        parts += told
         say(f"platform {number}: {len(complete)} rows of the complete feed, {len(incomplete)} of mixed ones")
     rows = concatenate(parts)
     split = split_by_time(rows, settings.minutes)
@@ -121,14 +148,8 @@ def train(settings: TrainSettings, features: FeatureSet, say: Callable[[str], No
 
     tests = {"later_time": concatenate([split_by_time(p, settings.minutes).test for p in parts[::2]])}
     tests["later_time_mixed"] = concatenate([split_by_time(p, settings.minutes).test for p in parts[1::2]])
-    # Platforms of the first two kinds, with other people on them.
-    for number, prefix in ((0, "unseen"), (1, "unseen_slow"))[: settings.platforms]:
-        unseen = world_settings(settings, number, settings.seed + TEST_SEED_OFFSET)
-        told = simulate(
-            unseen, settings.minutes, features, list(TEST_TELLINGS.values()),
-            slowness=PLATFORMS[number].slowness,
-        )  # fmt: skip
-        tests |= {f"{prefix}_{name}": rows for name, rows in zip(TEST_TELLINGS, told)}
+    for prefix, told in zip(UNSEEN, told_unseen):
+        tests |= {f"{prefix}_{name}": one for name, one in zip(TEST_TELLINGS, told)}
     metrics = {name: report(test, predict(fitted.model, test.features), features.names) for name, test in tests.items()}
     facts = {
         "feature_schema": features.schema,
@@ -162,7 +183,7 @@ def headline(facts: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, each: Each = one_after_the_other) -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m models.train", description="Trains the trendiness model.")
     parser.add_argument("--out", type=Path, default=Path("model_repository"), help="model repository")
@@ -176,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     features = FeatureSet.load(given.features)
     settings = TrainSettings(given.minutes, given.streams, given.seed, given.platforms)
-    trained = train(settings, features, lambda line: print(line, flush=True))
+    trained = train(settings, features, lambda line: print(line, flush=True), each)
     for name, metrics in trained.facts["metrics"].items():
         print_report(name, metrics)
     folder = publish(

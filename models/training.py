@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ class FitSettings:
     weight_decay: float = 1e-4
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """A model with the rows to learn from. ``forward(rows int64[b])`` is the mean loss of these rows.
 
     Args:
@@ -47,13 +48,13 @@ class Objective(nn.Module):
         self.model = model
         self.n_rows = n_rows
 
+    @abstractmethod
     def held_out(self) -> float:
         """Loss of rows that are not learned from; training stops by it. Called in inference mode."""
-        raise NotImplementedError
 
+    @abstractmethod
     def digest(self) -> str:
         """Identifies the data, so that a checkpoint is not continued on other rows."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from server.errors import ConfigError
 from server.live.features import Features, FeatureSet
 from server.live.table import LiveTable
 from server.ranking.slates import ReplyState, SlateBatch
+from server.scoring.ranker_schema import SEQUENCE, SEQUENCE_META
+from server.viewers.table import Histories, ViewerTable
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,12 @@ MAX_WAITING = 256
 """Slates between the engine and the writing thread; more are dropped."""
 
 
-def row_schema(features: FeatureSet) -> Any:
-    """One row per stream of a logged slate. ``position`` counts from 0, ``offset`` is the reply's applied_offset."""
+def row_schema(features: FeatureSet, viewers_dim: int = 0) -> Any:
+    """One row per stream of a logged slate. ``position`` counts from 0, ``offset`` is the reply's applied_offset.
+
+    Args:
+        viewers_dim: D of the histories of viewers that are logged, too, the same in all rows of a slate; 0: none.
+    """
     vectors = [pa.field("features", pa.list_(pa.float32(), len(features))),
                pa.field("feature_states", pa.list_(pa.uint8(), len(features)))]  # fmt: skip
     plain = [
@@ -45,6 +51,9 @@ def row_schema(features: FeatureSet) -> Any:
         ("stream_id", pa.string()), ("epoch", pa.int64()), ("position", pa.int32()), ("propensity", pa.float32()),
         ("score", pa.float32()), ("model_version", pa.string()),
     ]  # fmt: skip
+    if viewers_dim:
+        vectors.append(pa.field("recent_meta", pa.list_(pa.float32(), SEQUENCE * len(SEQUENCE_META))))
+        vectors.append(pa.field("recent_embeddings", pa.list_(pa.float16(), SEQUENCE * viewers_dim)))
     said = {"feature_schema": features.schema, "features": json.dumps(features.names)}
     return pa.schema([*plain, *vectors], metadata=said)
 
@@ -63,6 +72,7 @@ class _Slate:
     propensity: NDArray[np.float32]
     score: NDArray[np.float32]
     found: Features
+    history: Histories | None  # of its viewer alone
 
 
 class RowLog:
@@ -86,7 +96,9 @@ class RowLog:
         assert settings.row_log is not None
         self._settings, self._table, self._features = settings, table, features
         self._written, self._dropped = written, dropped
-        self._schema, self._folder = row_schema(features), settings.row_log
+        self._viewers = table.follower if isinstance(table.follower, ViewerTable) else None
+        self._schema = row_schema(features, 0 if self._viewers is None else self._viewers.dim)
+        self._folder = settings.row_log
         self._chance = random.Random()
         self._waiting: queue.Queue[_Slate | None] = queue.Queue(MAX_WAITING)
         self._file: Any = None
@@ -128,6 +140,9 @@ class RowLog:
             propensity=slates.exploration[b, : len(slots)].copy(),
             score=slates.scores[b, : len(slots)].astype(np.float32),
             found=table.accumulators.features(self._features, slots, slates.as_of_ms, table.landmark_ms),
+            history=None
+            if self._viewers is None
+            else self._viewers.histories(slates.batch.viewer_hash[b : b + 1], slates.as_of_ms),
         )
         self._waiting.put_nowait(slate)  # this thread alone fills it, so there is room
 
@@ -159,6 +174,10 @@ class RowLog:
             "model_version": [slate.model_version] * n, "features": _vectors(slate.found.values),
             "feature_states": _vectors(slate.found.states),
         }  # fmt: skip
+        if slate.history is not None:
+            columns["recent_meta"] = _vectors(np.repeat(slate.history.meta.reshape(1, -1), n, axis=0))
+            embedding = slate.history.embedding.astype(np.float16).reshape(1, -1)
+            columns["recent_embeddings"] = _vectors(np.repeat(embedding, n, axis=0))
         batch = pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema)
         if self._stream is None:
             self._open_next()

@@ -10,8 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from loadtest.faults.nets import put_model
-from server.scoring.ranker_config import render_ranker_config
-from server.scoring.ranker_schema import CODE_BUCKETS, INPUTS, RankerInputs
+from models.graph_config import config_text
+from server.scoring.model_config import SCHEMA_PARAMETER
+from server.scoring.ranker_schema import CODE_BUCKETS, HEADS, INPUTS, RANKER_PARAMETER, RANKER_SCHEMA, RankerInputs
 
 _TYPES = {np.float32: TensorProto.FLOAT, np.int64: TensorProto.INT64}
 
@@ -21,8 +22,16 @@ def put_ranker(
     name: str = "ranker", config: str = "",
 ) -> None:  # fmt: skip
     """Adds a version to ``repository/name``."""
-    text = config or render_ranker_config(schema, n_features, dim, model_name=name)
+    text = config or config_of(schema, n_features, dim, name)
     put_model(repository, name, model, version, config=text)
+
+
+def config_of(schema: str, n_features: int, dim: int, name: str = "ranker", auc: float = 0.7) -> str:
+    """config.pbtxt of a ranker that keeps the contract, as the exporter writes it."""
+    graph = constant(n_features, dim, [0.5] * len(HEADS))
+    helper.set_model_props(graph, {SCHEMA_PARAMETER: schema, RANKER_PARAMETER: RANKER_SCHEMA})
+    graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value = len(HEADS)
+    return config_text(name, graph, {"auc": auc})
 
 
 def telling(n_features: int, dim: int) -> onnx.ModelProto:

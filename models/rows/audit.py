@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.idmap import pack_ids
+from kernels.idmap import hash_ids, pack_ids
 from models.rows.base import LeakError
 from models.rows.cursor import Cursor
 from models.rows.impressions import check_no_leak
@@ -22,6 +22,7 @@ from server.live.features import FeatureSet
 
 Row = dict[str, Any]
 _COLUMNS = ("at_ms", "offset", "stream_id", "epoch", "features", "feature_states", "stream_embedding")
+_OF_VIEWERS = ("viewer_id", "recent_meta", "recent_embeddings")
 
 
 def audit(path: Path, source: Source, features: FeatureSet, rows: int, seed: int = 0) -> int:
@@ -59,7 +60,8 @@ def _sample(path: Path, rows: int, seed: int) -> list[Row]:
         if "label_offset" in table.columns:
             check_no_leak(table["offset"], table["label_offset"], table["impression_offset"])
         mine = chosen[(chosen >= first) & (chosen < first + len(table))] - first
-        found += [{name: table[name][row] for name in _COLUMNS} for row in mine.tolist()]
+        names = [*_COLUMNS, *(name for name in _OF_VIEWERS if name in table.columns)]
+        found += [{name: table[name][row] for name in names} for row in mine.tolist()]
         first += len(table)
     return found
 
@@ -76,6 +78,12 @@ def _compare(cursor: Cursor, row: Row) -> None:
         "feature_states": (reading.states[0], row["feature_states"]),
         "stream_embedding": (reading.embedding[0], row["stream_embedding"]),
     }  # fmt: skip
+    if "recent_meta" in row:
+        histories = cursor.histories(hash_ids(*pack_ids([row["viewer_id"].encode()])), int(row["at_ms"]))
+        if histories is None:
+            raise LeakError(f"{where}: histories of viewers, which this log's settings do not remember")
+        pairs["recent_meta"] = histories.meta[0], row["recent_meta"]
+        pairs["recent_embeddings"] = histories.embedding[0].astype(np.float16), row["recent_embeddings"]
     for name, (ours, theirs) in pairs.items():
         if ours.tobytes() != np.asarray(theirs).tobytes():
             raise LeakError(f"{where}: {name} differ from what the log says")

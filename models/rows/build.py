@@ -69,7 +69,7 @@ def decoded(source: Source, say: Callable[[str], None]) -> Iterable[Committed]:
 
 def writer_of(source: Source, features: FeatureSet, plan: Plan, out: Path) -> RowWriter:
     """The writer of one file of this plan."""
-    writer = RowWriter(out, plan.kind, features, source.table.embedding_dim)
+    writer = RowWriter(out, plan.kind, features, source.table.embedding_dim, source.viewers.capacity > 0)
     writer.extra["liverank.source"] = source.name
     writer.extra["liverank.plan"] = json.dumps(
         {"every_minutes": plan.every_minutes, "look_ahead_ms": plan.look_ahead_ms}

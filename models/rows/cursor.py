@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from server.config import TableSettings
+from server.config import TableSettings, ViewerSettings
 from server.live import state as live_state
 from server.live.features import FeatureSet
 from server.live.table import Applied, LiveTable
 from server.log.commit import Committed
 from server.log.snapshot import Contents
+from server.viewers.table import Histories, ViewerTable
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,19 @@ class Cursor:
 
     Args:
         start: a snapshot to begin after, where the log does not reach back to its first record.
+        viewers: what is remembered of viewers; None: nothing.
     """
 
-    def __init__(self, settings: TableSettings, features: FeatureSet, start: Contents | None = None) -> None:
-        self.table = LiveTable(settings, np.zeros((settings.capacity, settings.embedding_dim), np.float32))
+    def __init__(
+        self,
+        settings: TableSettings,
+        features: FeatureSet,
+        start: Contents | None = None,
+        viewers: ViewerSettings | None = None,
+    ) -> None:
+        self.viewers = ViewerTable(viewers, settings.embedding_dim) if viewers and viewers.capacity else None
+        embedding = np.zeros((settings.capacity, settings.embedding_dim), np.float32)
+        self.table = LiveTable(settings, embedding, follower=self.viewers)
         self.offset = self.stamp_ms = 0
         self._features = features
         if start is not None:
@@ -78,3 +88,7 @@ class Cursor:
             )
         }
         return Reading(self.offset, at_ms, found.values, found.states, columns.embedding[slots], attributes)
+
+    def histories(self, viewer_hash: NDArray[np.uint64], at_ms: int) -> Histories | None:
+        """What viewers uint64[n] (0: nobody) did lately, as the server would tell a ranker; None: not remembered."""
+        return None if self.viewers is None else self.viewers.histories(viewer_hash, at_ms)

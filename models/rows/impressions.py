@@ -14,7 +14,8 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter, deque
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,24 +27,25 @@ from models.rows.attribution import Attribution
 from models.rows.base import Emit, LeakError, Shard, stream_keys
 from models.rows.cursor import Cursor, Reading
 from models.rows.details import read_details
-from models.schema import arrow_schema, vectors
-from server.live.table import Applied
+from models.schema import arrow_schema, history_columns, vectors
 from server.log.commit import Committed
+from server.viewers.table import Histories, empty_histories
 
 LOOK_AHEAD_MS = 60_000
 _EMIT_ROWS = 1_024
 
 
-class ViewerState(Protocol):
-    """What is known of viewers, kept beside the table as the server keeps it; gives the optional columns."""
+@dataclass(frozen=True)
+class Moment:
+    """What was read at one moment for rows int64[m] of a block: of their streams, and of their viewers.
 
-    def apply(self, committed: Committed, applied: Applied) -> None:
-        """A record was applied to the table."""
-        ...
+    viewer int64[m]: into histories, one entry per viewer; None where viewers are not remembered.
+    """
 
-    def read(self, viewer_ids: list[str], at_ms: int) -> dict[str, list[Any]]:
-        """The columns of `models.schema.viewer_fields` for n viewers, as of ``at_ms``."""
-        ...
+    rows: NDArray[np.int64]
+    reading: Reading
+    viewer: NDArray[np.int64]
+    histories: Histories | None
 
 
 class Block:
@@ -72,7 +74,7 @@ class Block:
         self.filled = np.zeros(n, np.bool_)
         self.at_ms = np.minimum(events.served_ms[mine], committed.record.applied_ms)
         self.read_offset = np.zeros(n, np.int64)
-        self.readings: list[tuple[NDArray[np.int64], Reading, dict[str, list[Any]]]] = []
+        self.readings: list[Moment] = []
         self.clicked = np.zeros(n, np.bool_)
         self.watch_s, self.value = np.zeros(n), np.zeros(n)
         self.purchased, self.reported = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
@@ -85,10 +87,11 @@ class Block:
 class ImpressionRows:
     """The `models.rows.base.Job` for impressions.
 
-    Memory: the decoded log of ``look_ahead_ms``, and the rows whose labels are open, about 1 kB each.
+    Memory: the decoded log of ``look_ahead_ms``, and the rows whose labels are open, about 1 kB each, and as much again
+    as `Histories` takes for each viewer and moment of theirs.
 
     Args:
-        cursor: at the record before the first one fed. emit: takes finished rows. viewers: gives optional columns.
+        cursor: at the record before the first one fed. emit: takes finished rows.
     """
 
     def __init__(
@@ -97,10 +100,9 @@ class ImpressionRows:
         emit: Emit,
         shard: Shard | None = None,
         look_ahead_ms: int = LOOK_AHEAD_MS,
-        viewers: ViewerState | None = None,
     ) -> None:
         self._cursor, self._emit, self._shard = cursor, emit, shard or Shard()
-        self._look_ahead_ms, self._viewers = look_ahead_ms, viewers
+        self._look_ahead_ms = look_ahead_ms
         self.told: Counter[str] = Counter()
         self._ahead: deque[Committed] = deque()
         self._blocks: deque[Block] = deque()  # in the order of the log
@@ -182,10 +184,10 @@ class ImpressionRows:
         if not len(rows):
             return
         reading = self._cursor.read(slots, at_ms)
-        viewers = {} if self._viewers is None else self._viewers.read([block.said.viewer_id[r] for r in rows], at_ms)
+        who, viewer = np.unique(block.viewer_hash[rows], return_inverse=True)
         block.filled[rows] = True
         block.read_offset[rows] = reading.offset
-        block.readings.append((rows, reading, viewers))
+        block.readings.append(Moment(rows, reading, viewer, self._cursor.histories(who, at_ms)))
 
     def _drop(self, block: Block, row: int, why: str) -> None:
         if block.alive[row]:
@@ -202,8 +204,6 @@ class ImpressionRows:
         if own is not None:
             for row in np.flatnonzero(applied.codes[own.rows] != fence.APPLIED):
                 self._drop(own, int(row), "refused")
-        if self._viewers is not None:
-            self._viewers.apply(committed, applied)
         self._attribution.events(committed, applied)
 
     # --- out ----------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class ImpressionRows:
     def _take(self, block: Block) -> None:
         """A block whose labels are final."""
         self._attribution.forget(block)
-        table = finished(block, self._cursor.table.settings.embedding_dim, self._viewers is not None)
+        table = finished(block, self._cursor.table.settings.embedding_dim, self._cursor.viewers is not None)
         if table is not None:
             self._done.append(table)
             self._done_rows += len(table)
@@ -235,7 +235,7 @@ def finished(block: Block, dim: int, viewers: bool) -> Any:
     if not block.filled[rows].all():
         raise LeakError(f"record {block.offset}: rows without features were about to be emitted")
     check_no_leak(block.read_offset[rows], block.label_offset[rows], np.full(len(rows), block.offset))
-    n_features = block.readings[0][1].features.shape[1]
+    n_features = block.readings[0].reading.features.shape[1]
     schema = arrow_schema("impressions", n_features, dim, viewers)
     columns = _read_columns(block, n_features, dim)
     columns |= {
@@ -271,16 +271,23 @@ def _read_columns(block: Block, n_features: int, dim: int) -> dict[str, Any]:
     n = len(block)
     features, states = np.zeros((n, n_features), np.float32), np.zeros((n, n_features), np.uint8)
     embedding = np.zeros((n, dim), np.float32)
-    names = [*block.readings[0][1].attributes, *block.readings[0][2]]
-    lists: dict[str, list[Any]] = {name: [None] * n for name in names}
-    for rows, reading, viewers in block.readings:
+    texts: dict[str, list[Any]] = {name: [None] * n for name in block.readings[0].reading.attributes}
+    histories = empty_histories(n, dim)
+    known = False
+    for moment in block.readings:
+        rows, reading = moment.rows, moment.reading
         features[rows], states[rows], embedding[rows] = reading.features, reading.states, reading.embedding
-        for name, values in {**reading.attributes, **viewers}.items():
+        for name, values in reading.attributes.items():
             for row, value in zip(rows.tolist(), values, strict=True):
-                lists[name][row] = value
+                texts[name][row] = value
+        if moment.histories is not None:
+            known = True
+            histories.embedding[rows] = moment.histories.embedding[moment.viewer]
+            histories.meta[rows] = moment.histories.meta[moment.viewer]
     return {
         "features": vectors(features),
         "feature_states": vectors(states),
         "stream_embedding": vectors(embedding),
-        **lists,
+        **(history_columns(histories) if known else {}),
+        **texts,
     }

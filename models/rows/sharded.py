@@ -25,7 +25,7 @@ from models.rows.build import Built, Plan, told_of, writer_of
 from models.rows.cursor import Cursor
 from models.rows.source import Source, decode
 from models.schema import ROW_GROUP_ROWS, Kind, arrow_schema
-from server.config import TableSettings
+from server.config import TableSettings, ViewerSettings
 from server.errors import ConfigError
 from server.live.features import FeatureSet
 from server.log.base import Record
@@ -46,6 +46,7 @@ class Work:
     """What a shard is told: everything but the records."""
 
     table: TableSettings
+    viewers: ViewerSettings
     start: Contents | None
     features: FeatureSet
     plan: Plan
@@ -57,7 +58,8 @@ class ShardWorker:
 
     def __init__(self, work: Work) -> None:
         self._rows: list[Any] = []
-        self._job = work.plan.job(Cursor(work.table, work.features, work.start), self._rows.append, work.shard)
+        cursor = Cursor(work.table, work.features, work.start, work.viewers)
+        self._job = work.plan.job(cursor, self._rows.append, work.shard)
 
     def feed(self, records: list[Committed]) -> list[Any]:
         """The next records of the log; returns Arrow tables of the rows that became final."""
@@ -142,10 +144,13 @@ def _run(
     ray: Any, source: Source, features: FeatureSet, plan: Plan, shards: int, folder: Path, say: Callable[[str], None]
 ) -> tuple[list[Path], Counter[str]]:
     """Feeds every shard; returns one file of rows each, and what was left out by all."""
-    schema = arrow_schema(plan.kind, len(features), source.table.embedding_dim)
+    schema = arrow_schema(plan.kind, len(features), source.table.embedding_dim, source.viewers.capacity > 0)
     decode_task, worker = ray.remote(decode_all), ray.remote(ShardWorker)
     table = ray.put(source.table)
-    workers = [worker.remote(Work(source.table, source.start, features, plan, Shard(i, shards))) for i in range(shards)]
+    workers = [
+        worker.remote(Work(source.table, source.viewers, source.start, features, plan, Shard(i, shards)))
+        for i in range(shards)
+    ]
     parts = [folder / f"{i}.parquet" for i in range(shards)]
     writers = [pq.ParquetWriter(part, schema) for part in parts]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from loadtest.replay.reader import read_history
 from loadtest.replay.run import replay_settings
 from loadtest.replay.sessions import minute_end, split_sessions
 from models.rows.cursor import Cursor
-from server.config import Settings, TableSettings
+from server.config import Settings, TableSettings, ViewerSettings
 from server.errors import ConfigError, InvalidRequest, LogError, SnapshotError
 from server.live.events import decode_batch
 from server.live.features import FeatureSet
@@ -35,11 +35,13 @@ class Source(Protocol):
     """A log to be read from its begin, more than once.
 
     name: for people. table: under which its records were accepted. start: the snapshot its first record comes after.
+    viewers: what the server remembers of viewers.
     """
 
     name: str
     table: TableSettings
     start: Contents | None
+    viewers: ViewerSettings
 
     def records(self) -> Iterator[Record]:
         """All records in order, as they were written. Raises LogError."""
@@ -56,7 +58,7 @@ def decode(record: Record, table: TableSettings) -> Committed:
 
 def cursor_at_start(source: Source, features: FeatureSet) -> Cursor:
     """A cursor before the first record of a source."""
-    return Cursor(source.table, features, source.start)
+    return Cursor(source.table, features, source.start, source.viewers)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class LogSource:
     table: TableSettings
     start: Contents | None
     path: Path
+    viewers: ViewerSettings = field(default_factory=ViewerSettings)
 
     def records(self) -> Iterator[Record]:
         log = SqliteLog(self.path, read_only=True)
@@ -84,6 +87,7 @@ class HistorySource:
     table: TableSettings
     path: Path
     start: Contents | None = None
+    viewers: ViewerSettings = field(default_factory=lambda: ViewerSettings(capacity=0))  # nobody in it has a name
 
     def records(self) -> Iterator[Record]:
         history = read_history(self.path)
@@ -118,7 +122,7 @@ def open_source(file: Path | None, log: Path | None, settings: Settings) -> Sour
     path = log / LOG_NAME if log.is_dir() else log
     if not path.exists():
         raise ConfigError(f"--log: {path} does not exist")
-    return LogSource(str(path), settings.table, _start_of(path, settings), path)
+    return LogSource(str(path), settings.table, _start_of(path, settings), path, settings.viewers)
 
 
 def _start_of(path: Path, settings: Settings) -> Contents | None:

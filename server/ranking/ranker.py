@@ -21,16 +21,8 @@ from server.ranking.slates import Candidates, RankedBy
 from server.retrieval.query import QueryBatch
 from server.retrieval.streams import StreamState
 from server.scoring.ranker import RankerCall, RankerCaller
-from server.scoring.ranker_schema import (
-    CODES,
-    HEADS,
-    NEUTRAL_POSITION,
-    SEQUENCE,
-    SEQUENCE_META,
-    RankerInputs,
-    missing_of,
-)
-from server.viewers.table import ViewerTable, codes_of
+from server.scoring.ranker_schema import CODES, HEADS, NEUTRAL_POSITION, RankerInputs, missing_of
+from server.viewers.table import ViewerTable, codes_of, empty_histories
 
 
 @dataclass(frozen=True)
@@ -108,13 +100,11 @@ class RankerStage:
     ) -> RankerInputs:
         features, viewers = self._streams.kept, self._table.follower
         assert features is not None
-        b, dim = batch.queries.shape
-        if isinstance(viewers, ViewerTable):
-            histories = viewers.histories(batch.viewer_hash, now_ms)
-            embedding, meta = histories.embedding, histories.meta
-        else:
-            embedding = np.zeros((b, SEQUENCE, dim), np.float32)
-            meta = np.zeros((b, SEQUENCE, len(SEQUENCE_META)), np.float32)
+        histories = (
+            viewers.histories(batch.viewer_hash, now_ms)
+            if isinstance(viewers, ViewerTable)
+            else empty_histories(*batch.queries.shape)
+        )
         return RankerInputs(
             stream_features=features.values[slots],
             stream_missing=missing_of(features.states[slots]),
@@ -123,8 +113,8 @@ class RankerStage:
             position=np.full((len(slots), 1), NEUTRAL_POSITION, np.float32),
             viewer_of=rows,
             viewer_embedding=batch.queries,
-            sequence_embedding=embedding,
-            sequence_meta=meta,
+            sequence_embedding=histories.embedding,
+            sequence_meta=histories.meta,
         )
 
     def _codes_for(self, slots: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -1,15 +1,13 @@
 """Tries an ONNX file in a process of its own: one that crashes, hangs or eats memory takes nothing with it.
 
-    python -m server.rollout.probe MODEL.onnx ROWS.npz CONTRACT.json SCORES.npy
-
-Prints one line of JSON: {"refused": "why"} or {"schema": …, "metrics": {…}, "commit": …}.
+Its arguments are MODEL.onnx ROWS.npz CONTRACT.json SCORES.npy. It prints one line of JSON: {"refused": "why"} or
+{"schema": …, "metrics": {…}, "commit": …}.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -29,6 +27,8 @@ WITHIN_S = 60.0
 MEMORY_BYTES = 8 << 30
 TOLERANCE = 1e-3
 ROOT = Path(__file__).resolve().parents[2]
+# Whoever is being served comes first, from the very begin: reading the libraries takes longer than trying the model.
+_BEGIN = "import os; os.nice(10); import sys; from server.rollout import probe; sys.exit(probe.main(sys.argv[1:]))"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def try_model(model: Path, contract: Contract, rows: Rows) -> Tried:
         folder = Path(name)
         np.savez(folder / "rows.npz", **{name: np.asarray(column) for name, column in rows.items()})  # type: ignore[arg-type]
         (folder / "contract.json").write_text(json.dumps(asdict(contract)))
-        command = [sys.executable, "-m", "server.rollout.probe", str(model)]
+        command = [sys.executable, "-c", _BEGIN, str(model)]
         command += [str(folder / file) for file in ("rows.npz", "contract.json", "scores.npy")]
         try:
             done = subprocess.run(
@@ -72,7 +72,6 @@ def try_model(model: Path, contract: Contract, rows: Rows) -> Tried:
 def main(arguments: list[str]) -> int:
     """See the module."""
     model, rows, contract, out = map(Path, arguments)
-    os.nice(10)  # whoever is being served comes first
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     values = json.loads(contract.read_text())
     shapes = {side: {name: tuple(dims) for name, dims in values[side].items()} for side in ("inputs", "outputs")}
@@ -147,7 +146,3 @@ def _number(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise ModelRefused(f"its metadata {name!r} is {text[:40]!r}, a number wanted") from None
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

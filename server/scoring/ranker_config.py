@@ -1,59 +1,21 @@
-"""config.pbtxt of a ranker: written by the exporter, checked by the server; and the check of its answers."""
+"""Checks of a ranker: of its config.pbtxt, which the exporter writes (`models.graph_config`), and of its answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from server.errors import BadScores, ConfigError, SchemaMismatch
-from server.scoring.model_config import SCHEMA_PARAMETER, VERSIONS_KEPT, parameter_lines
+from server.errors import BadScores, SchemaMismatch
+from server.scoring.model_config import SCHEMA_PARAMETER
 from server.scoring.ranker_schema import HEADS, INPUTS, OUTPUT_HEADS, RANKER_PARAMETER, RANKER_SCHEMA
 
 RANGE_TOLERANCE = 1e-3
 """Beyond [0, 1] by more than this is not a probability but a broken model."""
 
 _TYPES: dict[type[np.generic], int] = {np.float32: DataType.TYPE_FP32, np.int64: DataType.TYPE_INT64}
-
-
-def render_ranker_config(
-    feature_schema: str,
-    n_features: int,
-    embedding_dim: int,
-    metrics: Mapping[str, float] | None = None,
-    model_name: str = "ranker",
-) -> str:
-    """The text of ``<model_name>/config.pbtxt`` of a ranker for F features and embeddings of D.
-
-    Raises:
-        ConfigError: a name cannot be written, or a size is not positive.
-    """
-    if n_features < 1 or embedding_dim < 1:
-        raise ConfigError(f"n_features, embedding_dim: {n_features}, {embedding_dim}; both must be positive")
-    parameters = {SCHEMA_PARAMETER: feature_schema, RANKER_PARAMETER: RANKER_SCHEMA}
-    lines = parameter_lines(model_name, parameters, metrics or {})
-    inputs = []
-    for name, (kind, shape) in INPUTS.items():
-        dims = _dims(shape, n_features, embedding_dim)
-        inputs.append(f'  {{ name: "{name}" data_type: {DataType.Name(_TYPES[kind])} dims: {dims} }}')
-    joined = ",\n".join(inputs)
-    return f"""\
-# Written by the exporter (server/scoring/ranker_config.py); do not edit.
-name: "{model_name}"
-platform: "onnxruntime_onnx"
-# 0: the shapes below are whole, and calls are never joined: viewer_of counts within its call.
-max_batch_size: 0
-input [
-{joined}
-]
-output [ {{ name: "{OUTPUT_HEADS}" data_type: TYPE_FP32 dims: [ -1, {len(HEADS)} ] }} ]
-instance_group [ {{ kind: KIND_AUTO count: 1 }} ]
-version_policy {{ latest {{ num_versions: {VERSIONS_KEPT} }} }}
-{lines}
-"""
 
 
 def _dims(shape: tuple[str | int, ...], n_features: int, embedding_dim: int) -> list[int]:

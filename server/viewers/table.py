@@ -49,6 +49,12 @@ class Histories:
     meta: NDArray[np.float32]
 
 
+def empty_histories(viewers: int, dim: int) -> Histories:
+    """Of viewers about whom nothing is known."""
+    meta = np.zeros((viewers, SEQUENCE, len(SEQUENCE_META)), np.float32)
+    return Histories(np.zeros((viewers, SEQUENCE, dim), np.float32), meta)
+
+
 class ViewerTable:
     """The table. Owned by the engine thread, like the live table that feeds it (`server.live.table.Followers`).
 

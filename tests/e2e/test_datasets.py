@@ -20,7 +20,7 @@ from models.rows.audit import audit
 from models.rows.base import LeakError, Shard
 from models.rows.build import Plan, build, writer_of
 from models.rows.cursor import Cursor, Reading
-from models.rows.impressions import Block, ImpressionRows
+from models.rows.impressions import Block, ImpressionRows, Moment
 from models.rows.sharded import SORTED_BY, ShardWorker, Work, build_on_ray, chunks, cluster, decode_all, merged
 from models.rows.source import LogSource, open_source
 from models.schema import RowTable, read_rows
@@ -94,6 +94,12 @@ def test_rows_replayed_from_the_log_are_bit_for_bit_those_that_the_running_serve
         column = served.column(name).combine_chunks()
         theirs = np.asarray(column.flatten()).reshape(len(column), -1)[at]
         assert theirs.tobytes() == np.ascontiguousarray(rows[name]).tobytes(), name
+    for name in ("recent_meta", "recent_embeddings"):
+        column = served.column(name).combine_chunks()
+        theirs = np.asarray(column.flatten()).reshape(len(column), -1)[at]
+        assert theirs.tobytes() == np.ascontiguousarray(rows[name]).tobytes(), name
+    assert 20 < (rows["recent_meta"] != 0).any(axis=1).sum() < len(rows), "some viewers came back, others were new"
+    assert (rows["recent_embeddings"] != 0).any()
     assert len(np.unique(rows["offset"])) > 20 and (rows["features"] != 0).any(axis=0).sum() > 20
 
 
@@ -138,7 +144,8 @@ def take_late(self: ImpressionRows, block: Block) -> None:
     if len(kept):
         reading = self._cursor.read(slots[kept], int(block.at_ms[0]))
         block.filled[kept], block.read_offset[kept] = True, reading.offset
-        block.readings.append((kept, reading, {}))
+        of_viewers = self._cursor.histories(block.viewer_hash[kept], int(block.at_ms[0]))
+        block.readings.append(Moment(kept, reading, np.arange(len(kept)), of_viewers))
     honest_take(self, block)
 
 
@@ -279,7 +286,7 @@ def test_shards_together_emit_each_row_once_and_as_one_machine_does(kind: str, l
     parts, told = [], Counter[str]()
     for number in range(3):
         part, rows = tmp_path / f"{number}.parquet", list[Any]()
-        worker = ShardWorker(Work(logged.source.table, None, FEATURES, plan, Shard(number, 3)))
+        worker = ShardWorker(Work(logged.source.table, logged.source.viewers, None, FEATURES, plan, Shard(number, 3)))
         for chunk in log:
             rows += worker.feed(chunk)
         last, left_out = worker.finish()

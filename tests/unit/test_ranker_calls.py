@@ -20,7 +20,7 @@ from server.errors import BadScores, ConfigError, SchemaMismatch, ScorerTimeout,
 from server.scoring.base import Scores
 from server.scoring.model_config import parse_config
 from server.scoring.ranker import RankerCaller
-from server.scoring.ranker_config import check_ranker_config, render_ranker_config
+from server.scoring.ranker_config import check_ranker_config
 from server.scoring.ranker_local import LocalRanker
 from server.scoring.ranker_schema import (
     CODE_BUCKETS,
@@ -82,7 +82,7 @@ def test_a_stale_feature_counts_as_missing() -> None:
 
 
 def test_a_rendered_config_is_accepted() -> None:
-    config = parse_config(render_ranker_config(SCHEMA, F, D, {"auc": 0.7}))
+    config = parse_config(rankers.config_of(SCHEMA, F, D))
     check_ranker_config(config, "ranker", SCHEMA, F, D)
     assert config.parameters["ranker_schema"].string_value == RANKER_SCHEMA and config.max_batch_size == 0
     config.output.add(name="watch_seconds", data_type="TYPE_FP32", dims=[-1])
@@ -95,28 +95,32 @@ def test_a_rendered_config_is_accepted() -> None:
         ((SCHEMA, "xyz"), SchemaMismatch, "feature_schema 'xyz'.*'schema-of-the-tests'"),
         ((RANKER_SCHEMA, "0123"), SchemaMismatch, "ranker_schema '0123'"),
         (('"ranker_schema"', '"other"'), SchemaMismatch, r"ranker_schema '\(none\)'"),
-        (("dims: [-1, 5]", "dims: [-1, 6]"), SchemaMismatch, r"stream_features as TYPE_FP32\[-1, 6\].*\[-1, 5\]"),
-        (("[-1, 20, 4] },", "[-1, 10, 4] },"), SchemaMismatch, "sequence_embedding"),
+        (("dims: [ -1, 5 ]", "dims: [ -1, 6 ]"), SchemaMismatch, r"stream_features as TYPE_FP32\[-1, 6\].*\[-1, 5\]"),
+        (("[ -1, 20, 4 ]", "[ -1, 10, 4 ]"), SchemaMismatch, "sequence_embedding"),
         (("TYPE_INT64", "TYPE_INT32"), SchemaMismatch, "codes as TYPE_INT32"),
         (("TYPE_INT64", "99"), SchemaMismatch, "codes as 99"),
         (('"viewer_of"', '"x"'), BadScores, "takes .*'x'"),
         (('"heads"', '"trend"'), BadScores, "output heads"),
-        (("TYPE_FP32 dims: [ -1, 4 ]", "TYPE_FP32 dims: [ -1, 3 ]"), BadScores, "output heads"),
+        (
+            ('"heads" data_type: TYPE_FP32 dims: [ -1, 4 ]', '"heads" data_type: TYPE_FP32 dims: [ -1, 3 ]'),
+            BadScores,
+            "output heads",
+        ),
     ],
 )
 def test_each_way_a_config_can_be_unfit_is_refused(
     change: tuple[str, str], error: type[ScoringError], told: str
 ) -> None:
-    text = render_ranker_config(SCHEMA, F, D)
+    text = rankers.config_of(SCHEMA, F, D)
     assert change[0] in text
     with pytest.raises(error, match=told):
         check_ranker_config(parse_config(text.replace(*change)), "ranker", SCHEMA, F, D)
 
 
-@pytest.mark.parametrize("arguments", [('x" }', F, D), (SCHEMA, 0, D), (SCHEMA, F, 0)])
-def test_what_cannot_be_written_is_refused(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(ConfigError):
-        render_ranker_config(*arguments)
+@pytest.mark.parametrize(("schema", "name"), [('x" }', "ranker"), (SCHEMA, 'r" }')])
+def test_a_config_that_would_have_to_be_escaped_is_not_written(schema: str, name: str) -> None:
+    with pytest.raises(ConfigError, match="letters, digits"):
+        rankers.config_of(schema, F, D, name)
 
 
 def local(path: Path, model: onnx.ModelProto | None = None, **options: Any) -> LocalRanker:
@@ -161,7 +165,7 @@ def test_the_local_ranker_stops_a_slow_model_and_says_when_there_is_none(tmp_pat
     assert time.monotonic() - began_s < 30.0, "it would go on for minutes"
     with pytest.raises(ScorerUnavailable, match="holds no"):
         local(tmp_path).heads(random_inputs(), 1.0)
-    other = render_ranker_config("another", F, D)
+    other = rankers.config_of("another", F, D)
     with pytest.raises(SchemaMismatch, match="'another'"):
         local(tmp_path / "other", rankers.telling(F, D), config=other).heads(random_inputs(), 1.0)
 

@@ -85,7 +85,7 @@ def test_a_file_appears_complete_or_not_at_all(tmp_path: Path) -> None:
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"at_ms": [1]}), tmp_path / "other.parquet")
-    with pytest.raises(ConfigError, match="dataset of format 1 wanted, got another file"):
+    with pytest.raises(ConfigError, match="dataset of format 2 wanted, got another file"):
         read_rows(tmp_path / "other.parquet")
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(ConfigError, match="cannot be read as Parquet"):
@@ -99,6 +99,6 @@ def test_the_schema_hash_depends_on_features_labels_and_columns(monkeypatch: pyt
     hashes.add(schema_hash(columns, "a", "streams"))
     monkeypatch.setattr(labels, "WATCHED_S", 31.0)
     hashes.add(schema_hash(columns, "a", "impressions"))
-    monkeypatch.setattr(schema, "FORMAT", "2")
+    monkeypatch.setattr(schema, "FORMAT", "3")
     hashes.add(schema_hash(columns, "a", "impressions"))
     assert len(hashes) == 6

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kernels.idmap import pack_ids
 from models import labels
 from models.rows.base import LeakError
 from models.rows.cursor import Cursor
 from models.rows.impressions import ImpressionRows, check_no_leak
 from models.schema import RowTable
+from server.config import ViewerSettings
+from server.scoring.ranker_schema import SEQUENCE
 from tests.app import FEATURES
 from tests.events import T0, started
-from tests.rows import TABLE, Log, act, impression, table_of
+from tests.rows import Log, act, impression, table_of
 
 CLOSED_MS = labels.WINDOW_MS + labels.LATE_MS + 60_000
 MINUTE = 60_000
@@ -24,7 +27,8 @@ MINUTE = 60_000
 def beginning() -> Log:
     """Stream s is live, and so is t; offset 1."""
     log = Log()
-    log.add(0, started("s", 0, creator_id="ann", category="art", language="en"), started("t", 0))
+    t = started("t", 0, embedding=[0.6, 0.8, 0.0, 0.0])
+    log.add(0, started("s", 0, creator_id="ann", category="art", language="en"), t)
     return log
 
 
@@ -238,28 +242,39 @@ def test_rows_whose_window_is_open_when_the_log_ends_are_not_emitted() -> None:
         assert len(rows) == emitted and told == ({} if emitted else {"labels not closed": 1})
 
 
-def test_the_optional_columns_are_read_when_the_slate_was_made_and_told_of_every_record() -> None:
-    class Viewers:
-        applied = 0
-
-        def apply(self, committed: Any, applied: Any) -> None:
-            self.applied = committed.record.offset
-
-        def read(self, viewer_ids: list[str], at_ms: int) -> dict[str, list[Any]]:
-            zeros = [[0.0] * TABLE.embedding_dim] * self.applied
-            return {
-                "recent_stream_ids": [[f"{name}{i}" for i in range(self.applied)] for name in viewer_ids],
-                "recent_age_s": [[1.0] * self.applied for _ in viewer_ids],
-                "recent_watch_s": [[2.0] * self.applied for _ in viewer_ids],
-                "recent_embeddings": [zeros for _ in viewer_ids],
-            }
-
+def test_a_viewers_history_is_that_of_the_state_in_which_the_slate_was_made() -> None:
     log = beginning()
-    counted(log, 4)
-    log.add(9_000, impression("s", 8_500, served_ms=T0 + 2_500, applied_offset=3))
-    log.add(CLOSED_MS, started("u", 0))
-    rows, _ = rows_of(log, viewers=Viewers())
-    assert list(rows["recent_stream_ids"][0]) == ["v0", "v1", "v2"] and len(rows["recent_embeddings"][0]) == 3
+    log.add(1_000, act("t", 1_000, "v", joined={}))
+    log.add(2_000, act("t", 2_000, "v", watched={"seconds": 40}), act("s", 2_000, "w", liked={}))
+    log.add(3_000, act("t", 3_000, "v", purchased={"amount_minor": 100, "currency": "USD"}))
+    served = ((1, 500), (2, 1_500), (3, 62_000))
+    log.add(
+        62_000,
+        *(impression("s", 62_000, served_ms=T0 + at, applied_offset=offset) for offset, at in served),
+        impression("s", 62_500, "", served_ms=T0 + 62_000),
+        impression("s", 62_500, "x"),
+    )
+    log.add(CLOSED_MS + 62_000, started("u", 0))
+    emitted: list[Any] = []
+    job = ImpressionRows(Cursor(log.table, FEATURES, viewers=ViewerSettings(capacity=10, sessions=10)), emitted.append)
+    log.play(job)
+    rows = table_of(emitted)
+    meta = rows["recent_meta"].reshape(len(rows), SEQUENCE, 4)
+    assert meta[:, 0].tolist() == [
+        [0.0, 0.0, 0.0, 0.0],
+        [0.0, 0.0, pytest.approx(0.1), 1.0],
+        [np.float32(np.log1p(1.0)), np.float32(np.log1p(40.0)), pytest.approx(0.5), 1.0],  # not yet bought
+        [0.0, 0.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0],
+    ]
+    assert not meta[:, 1:].any() and rows["recent_embeddings"].dtype == np.float16
+    table = Cursor(log.table, FEATURES).table
+    for committed in log.records[:1]:
+        assert committed.batch is not None
+        table.apply(committed.batch.events, committed.record.applied_ms)
+    of_t = table.columns.embedding[int(table.map.lookup(*pack_ids([b"t"]))[0])]
+    np.testing.assert_array_equal(rows["recent_embeddings"][2][: len(of_t)], of_t.astype(np.float16))
+    assert of_t.any()
 
 
 @pytest.mark.parametrize(("offset", "label", "own"), [(5, 5, 9), (5, 4, 9), (5, 0, 5), (5, 7, 5)])
