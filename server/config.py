@@ -44,7 +44,7 @@ class ServeSettings(_Section):
 class AdmissionSettings(_Section):
     target_ms: Milliseconds = Field(200, description="arrival to reply of an interactive request")
     target_percentile: float = Field(95.0, gt=0.0, lt=100.0, description="share of requests that meet it, per cent")
-    target_wait_ms: Milliseconds = Field(50, description="mean wait that the limit settles at, beyond one batch")
+    target_wait_ms: Milliseconds = Field(30, description="mean wait that the limit settles at, beyond one batch")
     min_limit: int = Field(8, ge=1, description="interactive requests that are always let in")
     quality_floor: float = Field(0.25, gt=0.0, le=1.0, description="least share of candidates; below it, shed")
     quality_step: float = Field(0.005, gt=0.0, le=0.1, description="the factor's step up, per request in time")
