@@ -8,7 +8,7 @@ one byte.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numba import njit
@@ -103,14 +103,17 @@ def encode_streams_reference(
     return np.frombuffer(bytes(wire), np.uint8), np.array(offsets, np.int64)
 
 
-def frame_messages(messages: Sequence[bytes]) -> bytes:
+def frame_messages(messages: Iterable[Sequence[bytes | memoryview]]) -> bytes:
     """Wire bytes of a message whose field 1 is repeated and holds ``messages``, such as RankBatchResponse.
+
+    Args:
+        messages: each in parts.
 
     Cost: copies each message once.
     """
-    parts: list[bytes] = []
+    parts: list[bytes | memoryview] = []
     for message in messages:
-        parts += (b"\x0a", varint(len(message)), message)
+        parts += (b"\x0a", varint(sum(map(len, message))), *message)
     return b"".join(parts)
 
 

@@ -93,7 +93,7 @@ def hand_out(items: Sequence[Waiting[T]], replies: Sequence[Any]) -> None:
     at = 0
     for item in items:
         if item.tray is None:
-            item.done.set_result(replies[at : at + len(item)])
+            item.done.set_result(replies if len(item) == len(replies) else replies[at : at + len(item)])
         else:
             if item.tray not in trays:
                 trays[item.tray] = ([], [])

@@ -290,7 +290,7 @@ class RingAnswer:
     def done(self) -> bool:
         return self.stopped
 
-    def set_result(self, replies: list[bytes], /) -> None:
+    def set_result(self, replies: Sequence[bytes], /) -> None:
         self._send(pack_reply(self.number, self._begun_s, replies[0]))
 
     def set_exception(self, error: BaseException, /) -> None:

@@ -45,15 +45,17 @@ class Replies(Sequence[bytes]):
     def __getitem__(self, place: int | slice) -> bytes | list[bytes]:
         if isinstance(place, slice):
             return [self[b] for b in range(*place.indices(len(self)))]
-        b = range(len(self))[place]
-        streams, bounds, seen = self._for_one
-        head = head_of(self.queries[b], self.began_s, bool(seen[b]))
-        return b"".join((head, self.common, streams[bounds[b] : bounds[b + 1]]))
+        return b"".join(self.parts(range(len(self))[place]))
 
     def rest(self, b: int) -> tuple[bytes, memoryview]:
         """Reply b without its head."""
         streams, bounds, _ = self._for_one
         return self.common, streams[bounds[b] : bounds[b + 1]]
+
+    def parts(self, b: int) -> tuple[bytes, bytes, memoryview]:
+        """What reply b is made of, to be joined."""
+        streams, bounds, seen = self._for_one
+        return head_of(self.queries[b], self.began_s, bool(seen[b])), self.common, streams[bounds[b] : bounds[b + 1]]
 
     @cached_property
     def _for_one(self) -> tuple[memoryview, list[int], list[int]]:

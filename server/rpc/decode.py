@@ -49,11 +49,11 @@ def decode_rank(
         surface=surface,
         limit=min(limit, settings.rank.max_limit),
         limit_clamped=limit > settings.rank.max_limit,
-        languages=_names(f"{where}languages", request.languages, MAX_FILTERS),
-        categories=_names(f"{where}categories", request.categories, MAX_FILTERS),
+        languages=_names(where, "languages", request.languages, MAX_FILTERS),
+        categories=_names(where, "categories", request.categories, MAX_FILTERS),
         region=region,
-        followed_creator_ids=_names(f"{where}followed_creator_ids", request.followed_creator_ids, MAX_NAMES),
-        exclude_stream_ids=_names(f"{where}exclude_stream_ids", request.exclude_stream_ids, MAX_NAMES),
+        followed_creator_ids=_names(where, "followed_creator_ids", request.followed_creator_ids, MAX_NAMES),
+        exclude_stream_ids=_names(where, "exclude_stream_ids", request.exclude_stream_ids, MAX_NAMES),
         min_offset=request.min_offset,
         deadline_s=deadline_s,
         received_s=time.monotonic(),
@@ -82,13 +82,14 @@ def _embedding(request: Any, dim: int, where: str) -> NDArray[np.float32] | None
     return embedding
 
 
-def _names(field: str, names: Any, most: int) -> tuple[str, ...]:
+def _names(where: str, field: str, names: Any, most: int) -> tuple[str, ...]:
     if not names:
         return ()
     if len(names) > most:
-        raise InvalidRequest(field, f"at most {most} allowed, got {len(names)}")
+        raise InvalidRequest(where + field, f"at most {most} allowed, got {len(names)}")
     for i, name in enumerate(names):
-        check_short(f"{field}[{i}]", name)
+        if len(name) > ID_BYTES // 4:  # 4 bytes at most per character
+            check_short(f"{where}{field}[{i}]", name)
     return tuple(names)
 
 

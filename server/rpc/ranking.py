@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
@@ -18,6 +19,7 @@ from server.admission.gate import Admission
 from server.batching.base import Answer, Priority, Waiting
 from server.config import Settings
 from server.errors import InvalidRequest, LiverankError, NotFound
+from server.ranking.replies import Replies
 from server.recorder import Recorder
 from server.retrieval.query import RankQuery
 from server.rpc.decode import check_stream_id, decode_rank
@@ -156,7 +158,7 @@ class RankingService:
         ]
         self._check_size([query.limit for query in queries])
         queries = self._with_embeddings(queries)
-        parts: list[Future[list[bytes]]] = self._port.rank(queries, call.peer(), priority, call.arrived_s, Future)
+        parts: list[Future[Sequence[bytes]]] = self._port.rank(queries, call.peer(), priority, call.arrived_s, Future)
         call.on_gone = lambda: _cancel(parts)
         if call.ended:  # it left in between
             _cancel(parts)
@@ -242,7 +244,7 @@ class RankAnswer:
     def done(self) -> bool:
         return self._call.ended
 
-    def set_result(self, replies: list[bytes], /) -> None:
+    def set_result(self, replies: Sequence[bytes], /) -> None:
         self._call.reply(replies[0])
 
     def set_exception(self, error: BaseException, /) -> None:
@@ -251,11 +253,11 @@ class RankAnswer:
         self._call.refuse(verdict(self._recorder, "Rank", error))
 
 
-def _answer_when_done(parts: list[Future[list[bytes]]], call: Call, recorder: Recorder) -> None:
+def _answer_when_done(parts: list[Future[Sequence[bytes]]], call: Call, recorder: Recorder) -> None:
     """Replies once all parts are there, in order; when one fails, the others are not worked on any more."""
     waiting, lock = len(parts), threading.Lock()
 
-    def finished(part: Future[list[bytes]]) -> None:
+    def finished(part: Future[Sequence[bytes]]) -> None:
         nonlocal waiting
         error = CallerGone() if part.cancelled() else part.exception()
         if isinstance(error, Exception):
@@ -269,13 +271,20 @@ def _answer_when_done(parts: list[Future[list[bytes]]], call: Call, recorder: Re
             waiting -= 1
             last = waiting == 0
         if last:
-            call.reply(frame_messages([reply for one in parts for reply in one.result()]))
+            call.reply(frame_messages(chain.from_iterable(_in_parts(one.result()) for one in parts)))
 
     for part in parts:
         part.add_done_callback(finished)
 
 
-def _cancel(parts: list[Future[list[bytes]]]) -> None:
+def _in_parts(replies: Sequence[bytes]) -> Iterator[Sequence[bytes | memoryview]]:
+    """Replies as `frame_messages` takes them; those of a whole batch are not joined before."""
+    if isinstance(replies, Replies):
+        return map(replies.parts, range(len(replies)))
+    return ((reply,) for reply in replies)
+
+
+def _cancel(parts: list[Future[Sequence[bytes]]]) -> None:
     for part in parts:
         part.cancel()
 

@@ -49,7 +49,7 @@ from server.rpc.decode import check_stream_id, decode_rank
 from server.rpc.liveness import checked_ids
 from server.rules.rulebook import RuleBook
 from server.scoring.model_config import check_config, parse_config
-from server.scoring.ranker_config import check_ranker_config, render_ranker_config
+from server.scoring.ranker_config import check_ranker_config
 from server.security.access import AccessList
 from server.security.gate import bearer
 from server.security.tokens import hash_token
@@ -360,10 +360,10 @@ def model_config(data: bytes) -> object:
     return check_config(parse_config(data.decode("latin-1")), "trendiness", _features().schema, len(_features()))
 
 
-@target(lambda: [render_ranker_config(_features().schema, len(_features()), 4).encode()], SchemaMismatch, BadScores)
+@target(lambda: [(ROOT.parent / "model_repository/ranker/config.pbtxt").read_bytes()], SchemaMismatch, BadScores)
 def ranker_config(data: bytes) -> object:
-    config = parse_config(data.decode("latin-1"))
-    return check_ranker_config(config, "ranker", _features().schema, len(_features()), 4)
+    config, dim = parse_config(data.decode("latin-1")), load_settings(None).table.embedding_dim
+    return check_ranker_config(config, "ranker", _features().schema, len(_features()), dim)
 
 
 def _rollouts() -> list[bytes]:

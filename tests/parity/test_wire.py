@@ -112,7 +112,7 @@ def test_framed_rows_parse_as_the_batch_response(reply: dict[str, Any]) -> None:
     buffer, offsets = encode_streams(**reply)
     messages = [expected(reply, b) for b in range(len(reply["counts"]))]
     rows = [buffer[i:j].tobytes() for i, j in itertools.pairwise(offsets)]
-    framed = frame_messages([header_of(m) + row for m, row in zip(messages, rows, strict=True)])
+    framed = frame_messages((header_of(m), row) for m, row in zip(messages, rows, strict=True))
     batch = ranking_pb2.RankBatchResponse(responses=messages)
     parsed = ranking_pb2.RankBatchResponse.FromString(framed)
     assert parsed.SerializeToString(deterministic=True) == batch.SerializeToString(deterministic=True)
@@ -170,7 +170,7 @@ def test_a_response_longer_than_one_varint_byte_is_framed() -> None:
         reply[name] = np.zeros((1, 300), dtype)
     reply["counts"] = np.array([300], np.int32)
     buffer, _ = encode_streams(**reply)
-    framed = frame_messages([buffer.tobytes()])
+    framed = frame_messages([[buffer.tobytes()]])
     assert len(ranking_pb2.RankBatchResponse.FromString(framed).responses[0].streams) == 300
 
 
