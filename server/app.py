@@ -38,7 +38,7 @@ from server.rollout.store import RolloutFile
 from server.rpc.admin import AdminService
 from server.rpc.auth import Gatekeeper
 from server.rpc.control import Control
-from server.rpc.direct import DirectServer
+from server.rpc.direct import WAITING_OPTIONS, DirectServer
 from server.rpc.encode import encode_replies
 from server.rpc.ingest import IngestService
 from server.rpc.liveness import LivenessService
@@ -236,6 +236,7 @@ class App:
                 ("grpc.max_receive_message_length", settings.serve.max_message_bytes),
                 ("grpc.max_send_message_length", settings.serve.max_message_bytes),
                 ("grpc.so_reuseport", 0),
+                *WAITING_OPTIONS,
             ],
         )
         self._health = health.HealthServicer(

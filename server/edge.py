@@ -22,7 +22,7 @@ from server.edges.link import EngineLink
 from server.edges.sockets import engine_address, rings_path
 from server.errors import ConfigError
 from server.recorder import Recorder
-from server.rpc.direct import DirectServer
+from server.rpc.direct import WAITING_OPTIONS, DirectServer
 from server.rpc.proxy import Proxy
 from server.rpc.ranking import RankingService
 from server.rpc.services import OTHER_THREADS, SERVICES
@@ -69,6 +69,7 @@ class Edge:
                 ("grpc.max_receive_message_length", serve.max_message_bytes),
                 ("grpc.max_send_message_length", serve.max_message_bytes),
                 ("grpc.so_reuseport", 1),
+                *WAITING_OPTIONS,
             ],
         )
         self._health = health.HealthServicer(

@@ -33,6 +33,9 @@ except ImportError as missing:  # pragma: no cover - another grpcio than pyproje
 
 logger = logging.getLogger(__name__)
 
+WAITING_OPTIONS = (("grpc.server.max_pending_requests", 8_192), ("grpc.server.max_pending_requests_hard_limit", 16_384))
+"""For the server: so many calls may wait for the polling thread. Beyond grpc's own 1,000 it drops calls at random, with
+CANCELLED and without a hint, when that thread gets no processor for a third of a second under a flood."""
 _POLL_S = 1.0
 _NO_FLAGS = 0
 _WANTED_OF_SERVER = (
