@@ -1,9 +1,9 @@
 """`liverank bench overload`: ten times the load that the server can serve, at a constant rate of arrivals.
 
-First the peak: the most replies per second over a few numbers of callers, closed loop; once more at the end, and the mean
-counts: a shared machine is not equally fast for two minutes. In between the flood, open loop,
-from processes of their own; meanwhile CheckLive, a health probe and a Publish stream go on, one call every 100 ms
-each, and must not notice. Latency of an accepted request counts from when it was due.
+First the peak: the most replies per second over a few numbers of callers, closed loop; once more at the end, and the
+mean counts: a shared machine is not equally fast for two minutes. In between the flood, open loop, from a process of
+its own; meanwhile CheckLive, a health probe and a Publish stream go on, one call every 100 ms each, and must not
+notice. Latency of an accepted request counts from when it was due.
 
 The load shares the cores with the server. Sending costs little (`flood.py`), refusing about as much as the cheapest
 call to serve. So the server ranks one viewer at a time here, on a large table: slow on purpose, so that what is
@@ -54,7 +54,7 @@ SLO_MS = 200.0
 class Plan:
     """factor: offered arrivals per second as a multiple of the peak. seconds: of the flood."""
 
-    streams: int = 200_000
+    streams: int = 500_000
     max_batch_rows: int = 1
     callers: tuple[int, ...] = (2, 4, 8)
     peak_seconds: float = 4.0
