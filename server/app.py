@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 from liverank.v1 import admin_pb2_grpc, liveness_pb2_grpc
 
@@ -40,6 +40,7 @@ from server.rpc.auth import Gatekeeper
 from server.rpc.control import Control
 from server.rpc.direct import WAITING_OPTIONS, DirectServer
 from server.rpc.encode import encode_replies
+from server.rpc.health import Health
 from server.rpc.ingest import IngestService
 from server.rpc.liveness import LivenessService
 from server.rpc.ranking import RankingService
@@ -239,9 +240,7 @@ class App:
                 *WAITING_OPTIONS,
             ],
         )
-        self._health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
-        )
+        self._health = Health(self._grpc)
         self._ranking = RankingService(self.engine, self.gate, self.recorder, self.engine, self._embeddings)
         self._register()
         self._calls = DirectServer(self._grpc, self._ranking.methods(), self._ranking.outbox)
@@ -262,9 +261,7 @@ class App:
         )
         admin = AdminService(engine, control, recorder, self.shipping)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def start(self) -> None:
         """Binds, answers health with NOT_SERVING, recovers, warms up, then turns to SERVING.
@@ -305,7 +302,7 @@ class App:
             raise Draining("stopped while starting")
         if self._intake is not None:
             self._intake.start()
-        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.tell(serves=True)
         security = self.settings.security
         if self._behind is not None:
             logger.info("serving edges; metrics on %s:%d", metrics_host, self.metrics_port)
@@ -335,7 +332,7 @@ class App:
         if not self._drained.acquire(blocking=False):
             return True
         self._stopping.set()
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.tell(serves=False)
         self._slots.close()
         self.engine.ends.close()
         stopped = self._calls.stop(self.settings.serve.drain_grace_ms / 1000)
@@ -361,7 +358,3 @@ class App:
         self._pool.shutdown(wait=False)
         logger.info("drained %s", "cleanly" if clean else "with calls cut off")
         return clean
-
-    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", *SERVICES):
-            self._health.set(service, status)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from server.admission.gate import Admission
 from server.clock import Clock
@@ -23,9 +23,10 @@ from server.edges.sockets import engine_address, rings_path
 from server.errors import ConfigError
 from server.recorder import Recorder
 from server.rpc.direct import WAITING_OPTIONS, DirectServer
+from server.rpc.health import Health
 from server.rpc.proxy import Proxy
 from server.rpc.ranking import RankingService
-from server.rpc.services import OTHER_THREADS, SERVICES
+from server.rpc.services import OTHER_THREADS
 from server.rpc.tls import bind
 from server.security.gate import Gate
 from server.telemetry.metrics import Metrics
@@ -72,10 +73,7 @@ class Edge:
                 *WAITING_OPTIONS,
             ],
         )
-        self._health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self._health = Health(self._grpc)
         self._grpc.add_generic_rpc_handlers((self._proxy,))
         self._tell()
         self._embeddings = open_embeddings(settings, clock, recorder.embedding_looked_up)
@@ -149,6 +147,4 @@ class Edge:
             serves = self._connected and self._engine_serves and not self._stopping.is_set()
             if serves:
                 self._served.set()
-            answer = health_pb2.HealthCheckResponse
-            for service in ("", *SERVICES):
-                self._health.set(service, answer.SERVING if serves else answer.NOT_SERVING)
+            self._health.tell(serves)
