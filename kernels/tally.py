@@ -15,8 +15,8 @@ MOST_SOURCES, OUTCOMES, DROPS = 32, 7, 9
 
 class Counts(NamedTuple):
     """proposed, served: int64[32], candidates and shown streams per source bit. outcomes int64[7] by
-    `kernels.slate.Outcome`, drops int64[9] by `kernels.verify.Drop`. totals int64[3]: streams shown, how many of these
-    were drawn by chance, and candidates that requests exclude."""
+    `kernels.slate.Outcome`, drops int64[9] by `kernels.eligibility.Drop`. totals int64[3]: streams shown, how many of
+    these were drawn by chance, and candidates that requests exclude."""
 
     proposed: NDArray[np.int64]
     served: NDArray[np.int64]

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from kernels.aot import Compiled
 from kernels.checks_gpu import require_tensor
+from kernels.eligibility import Drop
 from kernels.slate import Outcome
-from kernels.verify import Drop
 
 SOURCES, CODES = 16, 16
 """Most sources that are counted, and room for outcomes and for drops."""
@@ -27,8 +27,8 @@ _SERVED, _EXPLORATION_SERVED = tl.constexpr(65), tl.constexpr(66)
 
 class Sums(NamedTuple):
     """Counts of one batch. candidates, served_by: int64[S] per source bit; outcomes int64[7] by
-    :class:`kernels.slate.Outcome` (PADDING: not counted); drops int64[9] by :class:`kernels.verify.Drop`, of picks;
-    excluded: dropped by the merge; served, and of these exploration_served."""
+    :class:`kernels.slate.Outcome` (PADDING: not counted); drops int64[9] by :class:`kernels.eligibility.Drop`, of
+    picks; excluded: dropped by the merge; served, and of these exploration_served."""
 
     candidates: NDArray[np.int64]
     served_by: NDArray[np.int64]

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from kernels.aot import Compiled
 from kernels.checks_gpu import require_tensor
+from kernels.eligibility import Drop
 from kernels.fence import LIVE
-from kernels.verify import Drop
 
 PARAMS = 8
 _ROWS = 512
@@ -25,7 +25,7 @@ _NOW_MS, _ROWS_IN_USE, _EXCLUDE_BITS = tl.constexpr(0), tl.constexpr(1), tl.cons
 
 
 class FilterTensors(NamedTuple):
-    """:class:`kernels.verify.FilterColumns` on the device: region, max_age_rating int32[V]; any_language,
+    """:class:`kernels.eligibility.FilterColumns` on the device: region, max_age_rating int32[V]; any_language,
     any_category uint8[V]; languages uint8[V, L], categories uint8[V, G] (numbers beyond L or G pass only where
     ``any_*`` is set)."""
 
@@ -38,7 +38,7 @@ class FilterTensors(NamedTuple):
 
 
 class RowTensors(NamedTuple):
-    """:class:`kernels.verify.RowColumns` on the device: state uint8[C]; lease_expires_ms int64[C]; rule_bits,
+    """:class:`kernels.eligibility.RowColumns` on the device: state uint8[C]; lease_expires_ms int64[C]; rule_bits,
     region, age_rating, language, category int32[C]."""
 
     state: torch.Tensor
@@ -164,7 +164,7 @@ def _verify(
 def eligible_rows(rows: RowTensors, filters: FilterTensors, params: torch.Tensor, *, eligible: torch.Tensor) -> None:
     """Which rows every filter may find, into ``eligible`` uint8[V, C]: showable now and passing filter v.
 
-    The conjunction that :func:`kernels.verify.eligible_rows` takes per filter with ``showable`` given; rows from
+    The conjunction that :func:`kernels.eligibility.eligible_rows` takes per filter with ``showable`` given; rows from
     ``params[1]`` on are not eligible.
 
     Args:

@@ -13,8 +13,8 @@ from liverank.v1 import ingest_pb2
 from numpy.typing import NDArray
 
 from kernels import fence
+from kernels.eligibility import Drop
 from kernels.slate import Outcome
-from kernels.verify import Drop
 from server.admission.gate import ShedReason
 from server.batching.base import Priority, Waiting
 from server.live.event_checks import KIND_NAMES

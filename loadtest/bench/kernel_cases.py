@@ -16,6 +16,7 @@ from kernels import fence
 from kernels.blend import BlendWeights, blend
 from kernels.counters import COUNTERS, scatter_decayed
 from kernels.dedup import WORDS
+from kernels.eligibility import FilterColumns, RowColumns, check_rows
 from kernels.groups import by_group, first_of_groups
 from kernels.idmap import IdMap
 from kernels.int8_rows import Int8Rows
@@ -25,7 +26,7 @@ from kernels.slate import select_slates
 from kernels.topk import masked_topk
 from kernels.topk_int8 import masked_topk_int8
 from kernels.vectors import has_int8_dots
-from kernels.verify import FilterColumns, RowColumns, check_rows, verify_picks
+from kernels.verify import verify_picks
 from kernels.wire import encode_streams
 from loadtest.bench.synthetic import CATEGORIES, DIM, LANGUAGES, LEASE_MS, NOW_MS, Bench
 from server.rules.bits import assess

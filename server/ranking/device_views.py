@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.backend import Backend
-from kernels.verify import FilterColumns
+from kernels.eligibility import FilterColumns
 from kernels.verify_gpu import FilterTensors, RowTensors, eligible_rows
 from server.live.device import DeviceTable
 from server.ranking.device_block import Block, Field

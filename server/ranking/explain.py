@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import fence
+from kernels.eligibility import Drop, RowColumns, check_rows
 from kernels.idmap import pack_ids
 from kernels.slate import Outcome
-from kernels.verify import Drop, RowColumns, check_rows
 from server.live.features import Features, FeatureSet
 from server.live.table import LiveTable
 from server.ranking.liveness import STATE_NAMES, first_reason

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.blend import blend
+from kernels.eligibility import FilterColumns
 from kernels.merge import Proposed, Seen, Views, merge_candidates, merge_proposals
 from kernels.slate import Slates, select_slates
-from kernels.verify import FilterColumns, verify_picks, verify_slates
+from kernels.verify import verify_picks, verify_slates
 from server.clock import Clock
 from server.config import Settings
 from server.live.table import LiveTable

@@ -17,11 +17,11 @@ import torch
 
 from kernels.backend import Backend
 from kernels.blend_gpu import blend
+from kernels.eligibility import FilterColumns
 from kernels.merge_gpu import merge_candidates
 from kernels.slate_gpu import select_slates
 from kernels.tally_gpu import read_tally, tally
 from kernels.topk_gpu import masked_topk
-from kernels.verify import FilterColumns
 from kernels.verify_gpu import verify_picks as verify_on_device
 from kernels.wire_gpu import encode_streams
 from server.clock import Clock

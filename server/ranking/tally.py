@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.eligibility import Drop
 from kernels.slate import Outcome, Slates
 from kernels.tally import DROPS, OUTCOMES, count_batch
-from kernels.verify import Drop
 from server.ranking.slates import Candidates, Tally
 from server.retrieval.sources import SOURCES
 

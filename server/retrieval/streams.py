@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.verify import RowColumns
+from kernels.eligibility import RowColumns
 from server.live.columns import Columns
 from server.live.features import Features, FeatureSet
 from server.live.table import LiveTable

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.eligibility import FilterColumns, eligible_rows
 from kernels.groups import Grouped, by_group
-from kernels.verify import FilterColumns, eligible_rows
 from server.config import RetrievalSettings
 from server.live.table import LiveTable
 from server.retrieval.query import FilterKey

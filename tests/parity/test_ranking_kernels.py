@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernels.blend import BlendWeights, blend, blend_reference
+from kernels.eligibility import Drop, FilterColumns, RowColumns, check_rows, eligible_rows
 from kernels.groups import (
     by_group,
     eligible_members,
@@ -26,17 +27,7 @@ from kernels.merge import (
     merge_proposals_reference,
 )
 from kernels.tally import count_batch, count_batch_reference
-from kernels.verify import (
-    Drop,
-    FilterColumns,
-    RowColumns,
-    check_rows,
-    eligible_rows,
-    verify_picks,
-    verify_picks_reference,
-    verify_slates,
-    verify_slates_reference,
-)
+from kernels.verify import verify_picks, verify_picks_reference, verify_slates, verify_slates_reference
 
 NOW = 1_000_000
 

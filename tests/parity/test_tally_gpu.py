@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from kernels import blend, blend_gpu, merge, merge_gpu, slate, slate_gpu, verify, verify_gpu, wire, wire_gpu
+from kernels.eligibility import Drop
 from kernels.idmap import id_words
 from kernels.slate import Outcome
 from kernels.tally_gpu import SIZE, read_tally, tally
-from kernels.verify import Drop
 from tests.device import empty, get, put
 from tests.parity.test_ranking_kernels import FILTERS, NOW, random_rows, weights
 from tests.parity.test_slate import as_ids

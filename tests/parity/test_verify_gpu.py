@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.verify import Drop, FilterColumns, RowColumns, check_rows, verify_picks_reference
+from kernels.eligibility import Drop, FilterColumns, RowColumns, check_rows
+from kernels.verify import verify_picks_reference
 from kernels.verify_gpu import FilterTensors, RowTensors, eligible_rows, verify_picks
 from tests.device import empty, get, put
 from tests.parity.test_ranking_kernels import FILTERS, NOW, random_rows

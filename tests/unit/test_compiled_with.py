@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from kernels import blend, cosines, greedy, topk, topk_int8, vectors
+from kernels import blend, cosines, eligibility, greedy, topk, topk_int8, vectors, verify
 
 
 def digest(*modules: ModuleType) -> str:
@@ -18,7 +18,13 @@ def digest(*modules: ModuleType) -> str:
 
 @pytest.mark.parametrize(
     ("module", "calls"),
-    [(topk, (vectors,)), (topk_int8, (vectors, topk)), (greedy, (cosines, vectors)), (blend, (cosines, vectors))],
+    [
+        (topk, (vectors,)),
+        (topk_int8, (vectors, topk)),
+        (greedy, (cosines, vectors)),
+        (blend, (cosines, vectors)),
+        (verify, (eligibility,)),
+    ],
 )
 def test_a_file_changes_when_what_it_compiles_in_changes(module: ModuleType, calls: tuple[ModuleType, ...]) -> None:
     assert digest(*calls) == module.COMPILED_WITH, f"set COMPILED_WITH of {module.__name__} to {digest(*calls)}"
