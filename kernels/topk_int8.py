@@ -60,12 +60,14 @@ def masked_topk_int8(
     eligible: NDArray[np.bool_],
     mask_of: NDArray[np.int32],
     k: int,
+    packed: NDArray[np.uint64] | None = None,
 ) -> Found:
     """What `kernels.topk.masked_topk_reference` returns, bit for bit, for rows that ``rows`` has a copy of.
 
     Args:
         rows: of at least N rows; row i of ``table`` as it is now was the last written there as slot i.
         queries, table, eligible, mask_of, k: as for `kernels.topk.masked_topk`.
+        packed: what `pack_masks` makes of ``eligible``, from whoever searches under the same masks again and again.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape or range; the message names it.
@@ -81,7 +83,7 @@ def masked_topk_int8(
     keep = min(k, n)
     if batch == 0 or keep == 0:
         return Found(slots, scores, 0)
-    small, words = quantise_queries(queries), _as_words(eligible)
+    small, words = quantise_queries(queries), pack_masks(eligible) if packed is None else packed
     floors = _sampled_floors(small, rows.columns, words, mask_of, n, keep)
     _search(queries, small, table, rows.columns, words, mask_of, keep, floors, slots, scores)
     with np.errstate(invalid="ignore"):  # no floor, no length: -inf·0
@@ -99,7 +101,7 @@ def masked_topk_int8(
     return Found(slots, scores, int(again.size))
 
 
-def _as_words(eligible: NDArray[np.bool_]) -> NDArray[np.uint64]:
+def pack_masks(eligible: NDArray[np.bool_]) -> NDArray[np.uint64]:
     """bool[M, N] as bits, uint64[M, W], row i at bit i % 64 of word i // 64."""
     masks, n = eligible.shape
     words = np.zeros((masks, -(-n // WORD_ROWS)), "<u8")

@@ -261,8 +261,7 @@ class Answerer:
         slots = result.slots
         same = (self._streams.session[slots] == result.sessions) & np.isfinite(result.scores)
         self._streams.set_trend(slots[same], result.scores[same])
-        self._pipeline.snapshot.trend_order = result.order
-        self._pipeline.snapshot.views.clear()
+        self._pipeline.snapshot.rescored(result.order)
 
     def replace_scores(self, result: RefreshResult, turn: int) -> None:
         """Ranks everybody by these scores from the next batch on, in one step.

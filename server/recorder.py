@@ -23,7 +23,7 @@ from server.live.features import FeatureSet, State
 from server.live.impressions import Cause
 from server.live.table import Applied, End, Expired, LiveTable
 from server.log.commit import Submission
-from server.ranking.slates import SlateBatch, Tally
+from server.ranking.slates import SlateBatch
 from server.retrieval.sources import SOURCES
 from server.retrieval.streams import StreamState
 from server.rules.bits import count_by_first_rule
@@ -31,6 +31,8 @@ from server.scoring.refresh import RefreshResult
 from server.telemetry.metrics import Metrics
 from server.viewers.table import ViewerTable
 
+_NO_DROPS = (Drop.KEPT, Drop.NOT_NEEDED)
+_NOT_CHOSEN = (Outcome.CREATOR_CAP, Outcome.CATEGORY_CAP, Outcome.BELOW_LIMIT)
 _CAUSES = ("lease_expired", "superseded", "reconciled")
 
 
@@ -50,6 +52,13 @@ class Recorder:
         self._events = {kind: metrics.events.labels(name) for kind, name in KIND_NAMES.items()}
         self._dead_by = {cause: metrics.dead_impressions.labels(cause.value) for cause in Cause}
         self._waits = {p: metrics.queue_wait_seconds.labels(p.name.lower()) for p in Priority}
+        drops = metrics.slate_drops
+        self._not_shown = [
+            (int(drop), drops.labels("verify", drop.name.lower())) for drop in Drop if drop not in _NO_DROPS
+        ]
+        self._not_chosen = [(int(one), drops.labels("select", one.name.lower())) for one in _NOT_CHOSEN]
+        self._excluded = drops.labels("merge", "excluded")
+        self._ranked_at: dict[str, Any] = {}
         self._refusals: dict[tuple[str, str], list[Any]] = {}
         self._shed = {(r, p): metrics.shed.labels(r.value, p.name.lower()) for r in ShedReason for p in Priority}
         self._viewers_forgotten = 0
@@ -135,7 +144,9 @@ class Recorder:
         self._rank.observe_all([now_s - came_s for came_s in received_s])
         self._stages["queue"].observe_all([max(0.0, started_s - came_s) for came_s in received_s])
         m.batch_rows.observe(len(slates.batch))
-        m.rank_requests.labels("ok", level).inc(len(slates.batch))
+        if level not in self._ranked_at:
+            self._ranked_at[level] = m.rank_requests.labels("ok", level)
+        self._ranked_at[level].inc(len(slates.batch))
         if slates.ranked_by is not None:
             self._stages["score"].observe(times.score_us / 1e6)
             if slates.ranked_by.gone:
@@ -149,7 +160,12 @@ class Recorder:
             for count, child in zip(counts.tolist(), children, strict=True):
                 if count:
                     child.inc(count)
-        self._drops(tally)
+        if tally.excluded:
+            self._excluded.inc(tally.excluded)
+        for counts, named in ((tally.drops.tolist(), self._not_shown), (tally.outcomes.tolist(), self._not_chosen)):
+            for which, child in named:
+                if counts[which]:
+                    child.inc(counts[which])
 
     def ranked_by_candidate(self, viewers: int) -> None:
         """Viewers in a canary's share were ranked by the version on trial."""
@@ -158,17 +174,6 @@ class Recorder:
     def ranked_on_host(self, reason: str, viewers: int) -> None:
         """The GPU's pipeline left requests to the host, and why."""
         self.metrics.host_ranked.labels(reason).inc(viewers)
-
-    def _drops(self, tally: Tally) -> None:
-        drops = self.metrics.slate_drops
-        for drop in Drop:
-            if drop not in (Drop.KEPT, Drop.NOT_NEEDED) and tally.drops[drop]:
-                drops.labels("verify", drop.name.lower()).inc(int(tally.drops[drop]))
-        if tally.excluded:
-            drops.labels("merge", "excluded").inc(tally.excluded)
-        for outcome in (Outcome.CREATOR_CAP, Outcome.CATEGORY_CAP, Outcome.BELOW_LIMIT):
-            if tally.outcomes[outcome]:
-                drops.labels("select", outcome.name.lower()).inc(int(tally.outcomes[outcome]))
 
     def refused(self, method: str, code: str) -> None:
         """A call was answered with an error status. Any thread."""

@@ -21,6 +21,8 @@ class Interner:
         self.names: list[str] = [""]
         self._uses: list[int] = [0]
         self._free: list[int] = []
+        self.changes = 0
+        """How often a name got or lost a number: while it stays the same, so do all numbers."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,6 +46,7 @@ class Interner:
                 self.names.append(name)
                 self._uses.append(0)
             self._number[name] = number
+            self.changes += 1
         self._uses[number] += 1
         return number
 
@@ -55,6 +58,7 @@ class Interner:
         if self._uses[number] == 0:
             del self._number[self.names[number]]
             self.names[number] = ""
+            self.changes += 1
             heapq.heappush(self._free, number)
 
     def find(self, names: Iterable[str]) -> NDArray[np.int32]:
@@ -68,6 +72,7 @@ class Interner:
 
     def restore(self, names: Sequence[str], used: NDArray[np.int32]) -> None:
         """Takes over ``names`` by number; ``used`` int32[rows] are the numbers that rows hold (0: none)."""
+        self.changes += 1
         uses = np.bincount(used, minlength=len(names))
         uses[0] = 0
         self.names, self._uses = list(names), uses.tolist()

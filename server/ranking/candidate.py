@@ -112,7 +112,7 @@ class Candidate:
             # What does not depend on scores is worked out once per tick for both.
             _ = base.showable, base.fresh_order
             self._snapshot, self._base = copy.copy(base), base
-            self._snapshot.trend_order, self._snapshot.views = self.result.order, {}
+            self._snapshot.rescored(self.result.order)
         trend = streams.trend
         streams.trend, pipeline.snapshot = streams.candidate_trend, self._snapshot
         try:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kernels.blend import blend
 from kernels.eligibility import FilterColumns
-from kernels.merge import Proposed, Seen, Views, merge_candidates, merge_proposals
+from kernels.merge import Proposed, Seen, merge_candidates, merge_proposals
 from kernels.slate import Slates, select_slates
 from kernels.verify import verify_picks, verify_slates
 from server.clock import Clock
@@ -23,7 +23,7 @@ from server.retrieval.base import SearchEngine
 from server.retrieval.query import FilterKey, QueryBatch
 from server.retrieval.sources import SOURCES, Batch, bit_of
 from server.retrieval.streams import StreamState
-from server.retrieval.view import Snapshot, View
+from server.retrieval.view import JoinedViews, Snapshot, View
 
 _LEAST_PER_PLACE = 2
 """Candidates per place of the slate and its reserve that are scored at any quality: caps and ends take some."""
@@ -43,9 +43,11 @@ class Started:
 
 @dataclass(frozen=True)
 class Gathered(Started):
-    """A batch with its candidates. asked: what the ranker works on; None: there is none, or nothing to ask."""
+    """A batch with its candidates. filters, and filter_of int32[B] into them, as its views have them.
+    asked: what the ranker works on; None: there is none, or nothing to ask."""
 
     filters: FilterColumns
+    filter_of: NDArray[np.int32]
     candidates: Candidates
     clock: _StageClock
     asked: Asked | None
@@ -84,29 +86,31 @@ class Pipeline:
     def start(self, batch: QueryBatch, quality: float = 1.0) -> Started:
         """Begins with a batch. At most two may be started and not finished, and they are finished in order."""
         clock = _StageClock()
-        filters = self.snapshot.filter_columns(batch.filters)
-        views = [self._view(key, filters, v) for v, key in enumerate(batch.filters)]
-        candidates = self._retrieve(batch, views, quality)
+        views = self.snapshot.joined(batch.filters, self._view)
+        filter_of = views.rows_of(batch.filters, batch.filter_of)
+        candidates = self._retrieve(batch, views, filter_of, quality)
         clock.stage("retrieve_us")
         utility, similarity = self._blend(batch, candidates[0], candidates[1])
         scored = Candidates(*candidates, utility, similarity)
         asked = None if self.ranker is None else self.ranker.ask(batch, scored, self._clock.now_ms())
         clock.stage("blend_us")
-        return Gathered(batch, quality, filters, scored, clock, asked)
+        return Gathered(batch, quality, views.filters, filter_of, scored, clock, asked)
 
     def finish(self, started: Started) -> SlateBatch:
         """The slates of a batch, checked against the table as it is now. Waits `Started.wait_s`."""
         assert isinstance(started, Gathered)
-        batch, filters, scored, clock = started.batch, started.filters, started.candidates, started.clock
+        batch, scored, clock = started.batch, started.candidates, started.clock
+        filters, filter_of = started.filters, started.filter_of
         ranked_by = None
         if started.asked is not None:
             assert self.ranker is not None
             scored, ranked_by = self.ranker.answer(started.asked, batch, scored)
             clock.stage("score_us")
-            filters = self.snapshot.filter_columns(batch.filters)  # names may have other numbers by now
+            # Names may have other numbers by now.
+            filters, filter_of = self.snapshot.filter_columns(batch.filters), batch.filter_of
         selected = self._select(batch, scored)
         clock.stage("select_us")
-        return replace(self._verify(batch, filters, scored, selected, clock), ranked_by=ranked_by)
+        return replace(self._verify(batch, filters, filter_of, scored, selected, clock), ranked_by=ranked_by)
 
     def trace(self, batch: QueryBatch) -> SlateBatch:
         """Like `rank`, on the host, with every candidate kept: for Explain."""
@@ -153,33 +157,29 @@ class Pipeline:
 
     # --- stages -------------------------------------------------------------------------------
 
-    def _view(self, key: FilterKey, filters: FilterColumns, v: int) -> View:
-        """The filter's view of this tick, built on first use."""
-        view = self.snapshot.views.get(key)
-        if view is None:
-            eligible = self.snapshot.eligible(filters, v)
-            found = [
-                (source.view(self.snapshot, eligible), 1 << i)
-                for i, source in enumerate(SOURCES)
-                if source.view is not None
-            ]
-            slots = np.concatenate([slots for slots, _ in found])
-            sources = np.concatenate([np.full(len(slots), bit, np.uint32) for slots, bit in found])
-            order = np.argsort(np.concatenate([np.arange(len(s)) / max(1, len(s)) for s, _ in found]), kind="stable")
-            # Merged here once, so that requests merge only what is theirs.
-            merged, bits, counts, _ = merge_candidates(
-                slots[order], sources[order], np.array([0, len(slots)]), np.zeros(0, np.int32),
-                np.zeros(2, np.int64), self._table.rows,
-            )  # fmt: skip
-            view = View(eligible, merged[0, : counts[0]], bits[0, : counts[0]])
-            self.snapshot.views[key] = view
-        return view
+    def _view(self, _key: FilterKey, filters: FilterColumns, v: int) -> View:
+        """The filter's view of this tick, row ``v`` of ``filters``."""
+        eligible = self.snapshot.eligible(filters, v)
+        found = [
+            (source.view(self.snapshot, eligible), 1 << i)
+            for i, source in enumerate(SOURCES)
+            if source.view is not None
+        ]
+        slots = np.concatenate([slots for slots, _ in found])
+        sources = np.concatenate([np.full(len(slots), bit, np.uint32) for slots, bit in found])
+        order = np.argsort(np.concatenate([np.arange(len(s)) / max(1, len(s)) for s, _ in found]), kind="stable")
+        # Merged here once, so that requests merge only what is theirs.
+        merged, bits, counts, _ = merge_candidates(
+            slots[order], sources[order], np.array([0, len(slots)]), np.zeros(0, np.int32),
+            np.zeros(2, np.int64), self._table.rows,
+        )  # fmt: skip
+        return View(eligible, merged[0, : counts[0]], bits[0, : counts[0]])
 
     def _retrieve(
-        self, batch: QueryBatch, views: list[View], quality: float
+        self, batch: QueryBatch, views: JoinedViews, filter_of: NDArray[np.int32], quality: float
     ) -> tuple[NDArray[np.int32], NDArray[np.uint32], NDArray[np.int32], NDArray[np.int32]]:
         """Candidates of every request: its view's, then those of the query sources; merged, attributed."""
-        work, view_limits = self._work(batch, views, quality)
+        work, view_limits = self._work(batch, views, filter_of, quality)
         found = [(source.query(work), 1 << i) for i, source in enumerate(SOURCES) if source.query is not None]
         offsets, first = np.empty((len(found), len(batch) + 1), np.int64), 0
         for row, (proposals, _) in zip(offsets, found, strict=True):
@@ -188,16 +188,17 @@ class Pipeline:
         every = np.concatenate([proposals.slots for proposals, _ in found])
         proposed = Proposed(every, offsets, np.array([bit for _, bit in found], np.uint32))
         return merge_proposals(
-            _joined(views), batch.filter_of, view_limits, proposed, batch.excluded, batch.excluded_offsets, self._seen
+            views.lists, filter_of, view_limits, proposed, batch.excluded, batch.excluded_offsets, self._seen
         )
 
-    def _work(self, batch: QueryBatch, views: list[View], quality: float) -> tuple[Batch, NDArray[np.int32]]:
+    def _work(
+        self, batch: QueryBatch, views: JoinedViews, filter_of: NDArray[np.int32], quality: float
+    ) -> tuple[Batch, NDArray[np.int32]]:
         """What query sources work on, and int32[B]: how much of its view each request takes at this quality."""
         least = _LEAST_PER_PLACE * (batch.limits + self._settings.rank.reserve) + np.diff(batch.excluded_offsets)
-        lengths = np.array([len(view.slots) for view in views])[batch.filter_of]
+        lengths = np.diff(views.lists.starts)[filter_of]
         limits = lengths if quality >= 1.0 else np.minimum(lengths, np.maximum(least, np.ceil(quality * lengths)))
-        eligible = views[0].eligible[None] if len(views) == 1 else np.stack([view.eligible for view in views])
-        work = Batch(batch, self.snapshot, eligible, self._search, quality, int(least.max()))
+        work = Batch(batch, self.snapshot, views.eligible, filter_of, self._search, quality, int(least.max()))
         return work, limits.astype(np.int32)
 
     def _blend(
@@ -224,6 +225,7 @@ class Pipeline:
         self,
         batch: QueryBatch,
         filters: FilterColumns,
+        filter_of: NDArray[np.int32],
         candidates: Candidates,
         selected: Slates,
         clock: _StageClock,
@@ -232,7 +234,7 @@ class Pipeline:
         now_ms = self._clock.now_ms()
         shown = verify_slates(
             selected.picks, selected.n_slate, selected.n_reserve, selected.exploration,
-            candidates.slots, candidates.utility, candidates.sources, batch.limits, batch.filter_of,
+            candidates.slots, candidates.utility, candidates.sources, batch.limits, filter_of,
             self._streams.row_columns(), filters, self._streams.book.exclude_bits, now_ms,
         )  # fmt: skip
         clock.stage("verify_us")
@@ -266,14 +268,6 @@ class Pipeline:
             picks, n_picks, batch.limits, batch.filter_of, self._streams.row_columns(), filters,
             self._streams.book.exclude_bits, now_ms,
         )  # fmt: skip
-
-
-def _joined(views: list[View]) -> Views:
-    """The lists of the batch's views as one."""
-    starts = np.cumsum([0, *(len(view.slots) for view in views)], dtype=np.int64)
-    if len(views) == 1:
-        return Views(views[0].slots, views[0].sources, starts)
-    return Views(np.concatenate([v.slots for v in views]), np.concatenate([v.sources for v in views]), starts)
 
 
 class _StageClock:

@@ -155,14 +155,16 @@ class GpuPipeline(Pipeline):
             return None
         self._turn ^= 1
         buffers = self.buffers_of(bucket, self._turn)
-        views = [self._view(key, filters, v) for v, key in enumerate(batch.filters)]
+        joined = self.snapshot.joined(batch.filters, self._view)
+        views = [self.snapshot.views[key] for key in batch.filters]
         self._queue.flush()
         self._embeddings.flush()
         places = self._views_on_device.prepare(self.snapshot, batch.filters, views, filters)
         if places is None or not buffers.fits(batch):
             self._on_host("widths", len(batch))
             return None
-        work, view_limits = self._work(batch, views, quality)
+        filter_of = joined.rows_of(batch.filters, batch.filter_of)
+        work, view_limits = self._work(batch, joined, filter_of, quality)
         personal_limit = work.share(self._widths.personal)
         buffers.fill(batch, places, view_limits, personal_limit, followed(work), self.snapshot)
         return buffers

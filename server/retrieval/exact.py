@@ -11,7 +11,7 @@ from kernels.checks import require_array
 from kernels.int8_rows import Int8Rows
 from kernels.lines import zeros_in_lines
 from kernels.topk import masked_topk
-from kernels.topk_int8 import masked_topk_int8
+from kernels.topk_int8 import masked_topk_int8, pack_masks
 from kernels.vectors import has_int8_dots
 from server.retrieval.base import Hits
 
@@ -44,6 +44,7 @@ class ExactSearch:
         self._copy = Int8Rows(capacity, dim) if small else None
         self._uncopied: list[NDArray[np.int32]] = []
         self._n_uncopied = 0
+        self._masks: tuple[NDArray[np.bool_], NDArray[np.uint64]] | None = None  # the last ones that stay, packed
 
     def write_rows(self, slots: NDArray[np.int32], rows: NDArray[np.float32]) -> None:
         """See :class:`SearchEngine`."""
@@ -63,9 +64,18 @@ class ExactSearch:
         if self._copy is None:
             return Hits(*masked_topk(queries, rows, eligible, mask_of, k))
         self._catch_up(self._copy)
-        found = masked_topk_int8(queries, rows, self._copy, eligible, mask_of, k)
+        found = masked_topk_int8(queries, rows, self._copy, eligible, mask_of, k, self._packed(eligible))
         self.fallback_queries += found.again
         return Hits(found.slots, found.scores)
+
+    def _packed(self, eligible: NDArray[np.bool_]) -> NDArray[np.uint64]:
+        """Masks that nobody can write are packed once, for as long as the same ones are searched under."""
+        if self._masks is not None and self._masks[0] is eligible:
+            return self._masks[1]
+        packed = pack_masks(eligible)
+        if not eligible.flags.writeable and eligible.base is None:
+            self._masks = eligible, packed
+        return packed
 
     def _catch_up(self, copy: Int8Rows) -> None:
         """Brings the copy into step with the rows."""

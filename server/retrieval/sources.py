@@ -34,7 +34,7 @@ class Proposals:
 
 @dataclass(frozen=True)
 class Batch:
-    """What query sources work on. eligible bool[V, rows]; query b uses eligible[filter_of[b]].
+    """What query sources work on. eligible bool[V, rows]; query b uses eligible[filter_of[b]], filter_of int32[B].
 
     quality: share of its candidates that a source is asked for, in (0, 1]. least: never fewer than this many.
     """
@@ -42,6 +42,7 @@ class Batch:
     queries: QueryBatch
     snapshot: Snapshot
     eligible: NDArray[np.bool_]
+    filter_of: NDArray[np.int32]
     search: SearchEngine
     quality: float = 1.0
     least: int = 0
@@ -101,7 +102,7 @@ def personal(batch: Batch) -> Proposals:
         return Proposals(np.zeros(0, np.int32), _offsets(counts))
     # Whole columns where everybody asks: picking from them copies.
     some = slice(None) if len(asked) == len(queries) else asked
-    slots = batch.search.search(queries.queries[some], batch.eligible, queries.filter_of[some], k).slots
+    slots = batch.search.search(queries.queries[some], batch.eligible, batch.filter_of[some], k).slots
     if (slots[:, -1] >= 0).all():  # padding is at the end
         counts[some] = k
         return Proposals(slots.ravel(), _offsets(counts))
@@ -136,7 +137,7 @@ def followed(batch: Batch) -> Proposals:
         return Proposals(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))
     return Proposals(
         *eligible_members(
-            snapshot.by_creator, queries.followed, queries.followed_offsets, batch.eligible, queries.filter_of,
+            snapshot.by_creator, queries.followed, queries.followed_offsets, batch.eligible, batch.filter_of,
             snapshot.settings.followed,
         )
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from kernels.eligibility import FilterColumns, eligible_rows
 from kernels.groups import Grouped, by_group
+from kernels.merge import Views
 from server.config import RetrievalSettings
 from server.live.table import LiveTable
 from server.retrieval.query import FilterKey
@@ -30,6 +32,29 @@ class View:
     sources: NDArray[np.uint32]
 
 
+MOST_JOINED = 64
+"""Filters that are kept joined; with more in a tick they are joined anew now and then."""
+
+
+@dataclass(frozen=True)
+class JoinedViews:
+    """The views of several filters as columns: row v of everything belongs to filter v.
+
+    places: v of each filter. lists: the views' candidates. eligible: bool[V, rows], read-only. filters: their names
+    looked up, when the interners had ``numbering``.
+    """
+
+    places: dict[FilterKey, int]
+    lists: Views
+    eligible: NDArray[np.bool_]
+    filters: FilterColumns
+    numbering: int
+
+    def rows_of(self, keys: list[FilterKey], filter_of: NDArray[np.int32]) -> NDArray[np.int32]:
+        """int32[B], the row of each request's filter; ``filter_of`` is the index of it in ``keys``."""
+        return np.array([self.places[key] for key in keys], np.int32)[filter_of]
+
+
 @dataclass
 class Snapshot:
     """The table as of one tick. Views are built on first use and kept until the next tick."""
@@ -42,6 +67,7 @@ class Snapshot:
     """Rows by trend score, best first, as of the last refresh; newer rows are not in it."""
     views: dict[FilterKey, View] = field(default_factory=dict)
 
+    _joined: JoinedViews | None = None
     _trending_by: dict[str, Grouped] = field(default_factory=dict)
 
     rows: int = field(init=False)
@@ -89,6 +115,43 @@ class Snapshot:
             grouped = by_group(self.trend_order, getattr(self.table.columns, attribute), len(names))
             self._trending_by[attribute] = grouped
         return grouped
+
+    def rescored(self, trend_order: NDArray[np.int32]) -> None:
+        """Other scores came within the tick: another order, and other views."""
+        self.trend_order, self.views, self._joined = trend_order, {}, None
+
+    def joined(self, keys: list[FilterKey], build: Callable[[FilterKey, FilterColumns, int], View]) -> JoinedViews:
+        """The views of at least ``keys``, joined at most once for each new filter of a tick.
+
+        Args:
+            build: makes the view of a key that has none yet, row v of these columns.
+        """
+        joined = self._joined
+        if joined is None or any(key not in joined.places for key in keys):
+            every = list(dict.fromkeys((*joined.places, *keys))) if joined is not None else keys
+            self._joined = joined = self._join(every if len(every) <= MOST_JOINED else keys, build)
+        elif joined.numbering != self._numbering():
+            filters = self.filter_columns(list(joined.places))
+            self._joined = joined = replace(joined, filters=filters, numbering=self._numbering())
+        return joined
+
+    def _join(self, keys: list[FilterKey], build: Callable[[FilterKey, FilterColumns, int], View]) -> JoinedViews:
+        filters = self.filter_columns(keys)
+        for v, key in enumerate(keys):
+            if key not in self.views:
+                self.views[key] = build(key, filters, v)
+        views = [self.views[key] for key in keys]
+        starts = np.cumsum([0, *(len(view.slots) for view in views)], dtype=np.int64)
+        lists = Views(np.concatenate([v.slots for v in views]), np.concatenate([v.sources for v in views]), starts)
+        eligible = np.stack([view.eligible for view in views])
+        eligible.flags.writeable = False
+        places = {key: v for v, key in enumerate(keys)}
+        return JoinedViews(places, lists, eligible, filters, self._numbering())
+
+    def _numbering(self) -> int:
+        """Another one as soon as a name has another number: counts of changes only grow."""
+        table = self.table
+        return table.languages.changes + table.categories.changes + table.regions.changes
 
     def filter_columns(self, keys: list[FilterKey]) -> FilterColumns:
         """The filters with their names looked up; names nobody has used match nothing."""

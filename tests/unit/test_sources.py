@@ -61,7 +61,7 @@ class World:
         assert source.query is not None
         batch = build_batch([query(**fields), query()], self.table, self.book)
         eligible = np.stack([mask] * len(batch.filters))
-        return source.query(Batch(batch, self.snapshot, eligible, self.search))
+        return source.query(Batch(batch, self.snapshot, eligible, batch.filter_of, self.search))
 
 
 def query(**fields: Any) -> RankQuery:
