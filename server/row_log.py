@@ -27,6 +27,7 @@ from server.config import TelemetrySettings
 from server.errors import ConfigError
 from server.live.features import Features, FeatureSet
 from server.live.table import LiveTable
+from server.log.arrow import array_of, strings_of
 from server.ranking.slates import ReplyState, SlateBatch
 from server.scoring.ranker_schema import SEQUENCE, SEQUENCE_META
 from server.viewers.table import Histories, ViewerTable
@@ -168,16 +169,18 @@ class RowLog:
     def _write(self, slate: _Slate) -> None:
         n = len(slate.ids)
         columns = {
-            "at_ms": [slate.at_ms] * n, "offset": [slate.offset] * n, "request_id": [slate.request_id] * n,
-            "viewer_id": [slate.viewer_id] * n, "stream_id": slate.ids, "epoch": slate.epoch,
-            "position": np.arange(n, dtype=np.int32), "propensity": slate.propensity, "score": slate.score,
-            "model_version": [slate.model_version] * n, "features": _vectors(slate.found.values),
-            "feature_states": _vectors(slate.found.states),
+            "at_ms": array_of(np.full(n, slate.at_ms, np.int64)),
+            "offset": array_of(np.full(n, slate.offset, np.int64)),
+            "request_id": strings_of([slate.request_id] * n), "viewer_id": strings_of([slate.viewer_id] * n),
+            "stream_id": strings_of(slate.ids), "epoch": array_of(slate.epoch),
+            "position": array_of(np.arange(n, dtype=np.int32)), "propensity": array_of(slate.propensity),
+            "score": array_of(slate.score), "model_version": strings_of([slate.model_version] * n),
+            "features": array_of(slate.found.values), "feature_states": array_of(slate.found.states),
         }  # fmt: skip
         if slate.history is not None:
-            columns["recent_meta"] = _vectors(np.repeat(slate.history.meta.reshape(1, -1), n, axis=0))
+            columns["recent_meta"] = array_of(np.repeat(slate.history.meta.reshape(1, -1), n, axis=0))
             embedding = slate.history.embedding.astype(np.float16).reshape(1, -1)
-            columns["recent_embeddings"] = _vectors(np.repeat(embedding, n, axis=0))
+            columns["recent_embeddings"] = array_of(np.repeat(embedding, n, axis=0))
         batch = pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema)
         if self._stream is None:
             self._open_next()
@@ -224,7 +227,3 @@ def _whole(stream: Any) -> Any:
             yield stream.read_next_batch()
         except (StopIteration, pa.ArrowInvalid, OSError):  # the end, or a batch that was not written to its end
             return
-
-
-def _vectors(values: NDArray[Any]) -> Any:
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])

@@ -280,6 +280,7 @@ def _judged(
         "floor": "the quiet part of the same run",
         "parts": [
             {"part": name, "from_s": round(a, 2), "p99_ms": _p99_ms(arrivals, a, b), "failed": failed}
+            | _worst(arrivals, a, b)
             for name, a, b, failed in parts
         ],
     }
@@ -292,15 +293,28 @@ def _p99_ms(arrivals: Arrivals, from_s: float, to_s: float) -> float | None:
     return plain_ms(nearest_rank(answered, int(mine.sum()) - len(answered), 99))
 
 
+def _worst(arrivals: Arrivals, from_s: float, to_s: float) -> dict[str, float | None]:
+    """The longest answer to the calls that were due then, and when its call was due."""
+    mine = np.flatnonzero((arrivals.due_s >= from_s) & (arrivals.due_s < to_s) & (arrivals.outcome == ANSWERED))
+    if not len(mine):
+        return {"max_ms": None, "max_at_s": None}
+    worst = mine[np.argmax(arrivals.latency_s[mine])]
+    return {
+        "max_ms": round(float(arrivals.latency_s[worst]) * 1000, 2), "max_at_s": round(float(arrivals.due_s[worst]), 3),
+    }  # fmt: skip
+
+
 def _print(result: dict[str, Any]) -> None:
     console = Console(width=120, highlight=False)
     table = Table(title=f"{result['rate_rps']:,.0f} Rank calls/s, open loop, while the model changes")
-    for title in ("part", "from s", "p99 ms", "step took ms", "failed"):
+    for title in ("part", "from s", "p99 ms", "longest ms", "due at s", "step took ms", "failed"):
         table.add_column(title, justify="left" if title in ("part", "failed") else "right")
     for part in result["parts"]:
         p99 = "∞" if part["p99_ms"] is None else f"{part['p99_ms']:.2f}"
         took = result["step_ms"].get(part["part"])
-        table.add_row(part["part"], f"{part['from_s']:.1f}", p99, "" if took is None else f"{took:.0f}", part["failed"])
+        longest, due = ("", "") if part["max_ms"] is None else (f"{part['max_ms']:.1f}", f"{part['max_at_s']:.2f}")
+        spent = "" if took is None else f"{took:.0f}"
+        table.add_row(part["part"], f"{part['from_s']:.1f}", p99, longest, due, spent, part["failed"])
     console.print(table)
     ratio = result["p99_ratio"]
     console.print(

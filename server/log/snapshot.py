@@ -23,6 +23,7 @@ import pyarrow as pa
 from server.errors import SnapshotError
 from server.live.state import COLUMNS, INTERNERS, LAYOUT, TableState, problem_of
 from server.live.table import End
+from server.log.arrow import array_of, numpy_of, string_lists_of, strings_of
 
 logger = logging.getLogger(__name__)
 
@@ -200,40 +201,32 @@ def _chunks(rows: int) -> Iterator[slice]:
 
 def _row_batches(state: TableState) -> Iterator[pa.RecordBatch]:
     for chunk in _chunks(state.rows):
-        arrays = {name: _array(state.columns[name][chunk]) for name in COLUMNS}
-        arrays["title"] = pa.array(state.titles[chunk], pa.string())
-        arrays["tags"] = pa.array(state.tags[chunk], pa.list_(pa.string()))
+        arrays = {name: array_of(state.columns[name][chunk]) for name in COLUMNS}
+        arrays["title"] = strings_of(state.titles[chunk])
+        arrays["tags"] = string_lists_of(state.tags[chunk])
         yield pa.RecordBatch.from_pydict(arrays)
-
-
-def _array(column: Any) -> pa.Array:
-    """A column of any number of dimensions, without a copy."""
-    flat = pa.array(column.reshape(-1))
-    if column.ndim == 1:
-        return flat
-    return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(column.shape[1:])))
 
 
 def _string_batches(rows: Sequence[tuple[str, ...]], names: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     for chunk in _chunks(len(rows)):
         columns = list(zip(*rows[chunk], strict=True)) or [()] * len(names)
-        yield pa.RecordBatch.from_arrays([pa.array(c, pa.string()) for c in columns], list(names))
+        yield pa.RecordBatch.from_arrays([strings_of(c) for c in columns], list(names))
 
 
 def _producer_batch(state: TableState) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(
         {
-            "producer": pa.array(state.producers, pa.string()),
-            "used_ms": pa.array(state.producer_used_ms),
-            "highest": pa.array(state.highest),
-            "window": _array(state.window_bits),
+            "producer": strings_of(state.producers),
+            "used_ms": array_of(state.producer_used_ms),
+            "highest": array_of(state.highest),
+            "window": array_of(state.window_bits),
         }
     )
 
 
 def _follower_batches(columns: dict[str, Any]) -> Iterator[pa.RecordBatch]:
     for chunk in _chunks(len(next(iter(columns.values())))):
-        yield pa.RecordBatch.from_pydict({name: _array(column[chunk]) for name, column in columns.items()})
+        yield pa.RecordBatch.from_pydict({name: array_of(column[chunk]) for name, column in columns.items()})
 
 
 def _end_batches(ends: list[End]) -> Iterator[pa.RecordBatch]:
@@ -241,10 +234,10 @@ def _end_batches(ends: list[End]) -> Iterator[pa.RecordBatch]:
         part = ends[chunk]
         yield pa.RecordBatch.from_pydict(
             {
-                "stream_id": pa.array([e.stream_id for e in part], pa.string()),
-                "epoch": pa.array([e.epoch for e in part], pa.int64()),
-                "ended_ms": pa.array([e.ended_ms for e in part], pa.int64()),
-                "reason": pa.array([e.reason for e in part], pa.string()),
+                "stream_id": strings_of([e.stream_id for e in part]),
+                "epoch": array_of(np.array([e.epoch for e in part], np.int64)),
+                "ended_ms": array_of(np.array([e.ended_ms for e in part], np.int64)),
+                "reason": strings_of([e.reason for e in part]),
             }
         )
 
@@ -285,7 +278,7 @@ def _read_followed(source: pa.BufferReader) -> dict[str, dict[str, Any]]:
     while source.tell() < source.size():
         part = pa.ipc.open_stream(source).read_all()
         part.validate(full=True)
-        found[part.schema.metadata[FOLLOWER].decode()] = {name: _numpy(part[name]) for name in part.column_names}
+        found[part.schema.metadata[FOLLOWER].decode()] = {name: numpy_of(part[name]) for name in part.column_names}
     return found
 
 
@@ -296,16 +289,16 @@ def _contents(
     for kind, name in zip(names["interner"].to_pylist(), names["name"].to_pylist(), strict=True):
         by_kind[kind].append(name)
     state = TableState(
-        columns={name: _numpy(table[name]) for name in COLUMNS},
+        columns={name: numpy_of(table[name]) for name in COLUMNS},
         titles=table["title"].to_pylist(),
         tags=[tuple(tags) for tags in table["tags"].to_pylist()],
         names=by_kind,
         landmark_ms=manifest.landmark_ms,
         counters_seen=np.array(manifest.counters_seen, np.bool_),
         producers=producers["producer"].to_pylist(),
-        producer_used_ms=_numpy(producers["used_ms"]),
-        highest=_numpy(producers["highest"]),
-        window_bits=_numpy(producers["window"]),
+        producer_used_ms=numpy_of(producers["used_ms"]),
+        highest=numpy_of(producers["highest"]),
+        window_bits=numpy_of(producers["window"]),
         followed=followed,
     )
     columns = (ends[name].to_pylist() for name in ("stream_id", "epoch", "ended_ms", "reason"))
@@ -340,14 +333,3 @@ def _manifest(path: Path, schema: pa.Schema) -> Manifest:
     if manifest.offset != offset_of(path):
         raise SnapshotError(f"{path}: it is of offset {manifest.offset}, its name says another")
     return manifest
-
-
-def _numpy(column: pa.ChunkedArray) -> Any:
-    """One array of the column's chunks; fixed-size lists become rows of one dimension more."""
-    parts = []
-    for chunk in column.chunks:
-        if pa.types.is_fixed_size_list(chunk.type):
-            parts.append(chunk.flatten().to_numpy().reshape(-1, chunk.type.list_size))
-        else:
-            parts.append(chunk.to_numpy())
-    return np.concatenate(parts) if len(parts) != 1 else parts[0]
