@@ -21,70 +21,20 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from kernels.candidate_order import HALF, LOW, PADDED, id_before, order_ties_by_id
 from kernels.cosines import LANES, at_least, lay_side_by_side, meet, worth_now
 from kernels.lines import zeros_in_lines
 from kernels.vectors import lowest_bit
 
-COMPILED_WITH = "1194069e1fa15983"  # cosines.py and vectors.py; see the latter
+COMPILED_WITH = "eeec74e79dac9468"  # candidate_order.py, cosines.py and vectors.py; see the last
 SLATE, EXPLORATION, RESERVE, CREATOR_CAP, CATEGORY_CAP, BELOW_LIMIT = range(1, 7)
 """Members of `kernels.slate.Outcome`: Numba reads plain integers."""
-OK, BAD_LIMIT, BAD_EXPLORE_SLOTS, BAD_CREATOR_CAP, BAD_CATEGORY_CAP, BAD_DIVERSITY, BAD_SLOT = range(7)
 
-_PADDED = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-_HALF, _LOW = np.uint64(32), np.uint64(0xFFFF_FFFF)
-_SIGN, _NOT_SIGN = np.uint64(0x8000_0000), np.uint64(0x7FFF_FFFF)
-_EXPONENT, _MINUS_INFINITY = np.uint64(0x7F80_0000), np.uint64(0xFF80_0000)
 _GOLDEN_GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)
 _LANE_BYTES = 4 * LANES
 _ROUNDING = np.float32(2.0**-20)
 """More than float32 may lose, relative to what is added, between worth, penalty and value."""
 _BY_CREATOR, _BY_CATEGORY = np.uint8(1), np.uint8(2)
-
-
-@njit(cache=True, nogil=True)
-def rank_candidates(
-    slots: NDArray[np.int32],
-    utility: NDArray[np.float32],
-    n_rows: int,
-    limits: NDArray[np.int32],
-    explore_slots: NDArray[np.int32],
-    creator_caps: NDArray[np.int32],
-    category_caps: NDArray[np.int32],
-    diversity: NDArray[np.float32],
-    keys: NDArray[np.uint64],
-) -> int:
-    """Fills ``keys`` uint64[B, K]: ascending ones are utility descending, then candidate, which the low half holds.
-
-    Returns the first problem with the values, or OK.
-    """
-    bits = utility.view(np.uint32)
-    problem = OK
-    for b in range(slots.shape[0]):
-        lowest, highest = np.int32(0), np.int32(-1)
-        for i in range(slots.shape[1]):
-            lowest, highest = min(lowest, slots[b, i]), max(highest, slots[b, i])
-            value = np.uint64(bits[b, i])
-            if value & _EXPONENT == _EXPONENT:
-                value = _MINUS_INFINITY
-            elif value == _SIGN:  # -0.0 equals 0.0
-                value = np.uint64(0)
-            descending = value if value & _SIGN else value ^ _NOT_SIGN
-            key = (descending << _HALF) | np.uint64(i)
-            keys[b, i] = key if slots[b, i] >= 0 else _PADDED
-        if lowest < -1 or highest >= n_rows:
-            problem = BAD_SLOT
-    for b in range(limits.shape[0]):
-        if not (diversity[b] >= 0 and diversity[b] < np.inf):
-            problem = BAD_DIVERSITY
-        if category_caps[b] < 1:
-            problem = BAD_CATEGORY_CAP
-        if creator_caps[b] < 1:
-            problem = BAD_CREATOR_CAP
-        if explore_slots[b] < 0:
-            problem = BAD_EXPLORE_SLOTS
-        if limits[b] < 0:
-            problem = BAD_LIMIT
-    return problem
 
 
 @njit(cache=True, nogil=True, forceinline=True)
@@ -93,41 +43,6 @@ def _splitmix64(state: np.uint64) -> np.uint64:
     z = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
-
-@njit(cache=True, nogil=True, forceinline=True)
-def _id_before(ids: NDArray[np.uint8], one: int, other: int) -> bool:
-    for i in range(ids.shape[1]):
-        if ids[one, i] != ids[other, i]:
-            return bool(ids[one, i] < ids[other, i])
-    return False
-
-
-@njit(cache=True, nogil=True, forceinline=True)
-def _order_ties_by_id(
-    order: NDArray[np.int32],
-    worth: NDArray[np.float32],
-    slots: NDArray[np.int32],
-    b: int,
-    ids: NDArray[np.uint8],
-    n: int,
-) -> None:
-    """Binary insertion within each run of equal worth."""
-    start = 0
-    for p in range(1, n):
-        if worth[p] != worth[start]:
-            start = p
-            continue
-        low, high, moved = start, p, order[p]
-        while low < high:
-            middle = (low + high) // 2
-            if _id_before(ids, slots[b, moved], slots[b, order[middle]]):
-                high = middle
-            else:
-                low = middle + 1
-        for i in range(p, low, -1):
-            order[i] = order[i - 1]
-        order[low] = moved
 
 
 @njit(cache=True, nogil=True, forceinline=True, fastmath={"reassoc", "contract"})
@@ -166,7 +81,25 @@ def _take_place(
                 worth[p] = np.nan
 
 
-class _Scratch(NamedTuple):
+class Problem(NamedTuple):
+    """What `kernels.slate.select_slates` is asked, and says of it."""
+
+    slots: NDArray[np.int32]
+    utility: NDArray[np.float32]
+    explorable: NDArray[np.bool_]
+    creators: NDArray[np.int32]
+    categories: NDArray[np.int32]
+    embeddings: NDArray[np.float32]
+    ids: NDArray[np.uint8]
+    limits: NDArray[np.int32]
+    explore_slots: NDArray[np.int32]
+    seeds: NDArray[np.uint64]
+    creator_caps: NDArray[np.int32]
+    category_caps: NDArray[np.int32]
+    diversity: NDArray[np.float32]
+
+
+class Scratch(NamedTuple):
     """What one row's choice needs, by position (utility descending, then id), by sixteen of them, or by choice.
 
     lanes float32[4, P]: worth (the utility; NaN: chosen, or at a cap), value (worth less the penalty, as far as that is
@@ -185,70 +118,40 @@ _kept = threading.local()
 """The scratch of each thread: pages that the system has to clear cost as much as a small batch."""
 
 
-def _scratch_for(width: int, most: int, dim: int) -> _Scratch:
-    """Of at least ``width`` positions and ``most`` choices, for embeddings of ``dim``."""
+def scratch_for(problem: Problem, reserve: int) -> Scratch:
+    """This thread's, large enough for ``problem``."""
+    width, dim = problem.slots.shape[1], problem.embeddings.shape[1]
+    most = min(int(problem.limits.max(initial=0)) + reserve, width)
     kept: tuple[int, int, int] = getattr(_kept, "sizes", (0, 0, 0))
     if kept[0] < width or kept[1] < most or kept[2] != dim:  # what was written for another dim is not zero beyond it
         if kept[2] == dim:
             width, most = max(width, kept[0]), max(most, kept[1])
         groups, sixteens = -(-width // LANES), -(-dim // LANES)
         _kept.sizes = groups * LANES, most, dim
-        _kept.scratch = _Scratch(
+        _kept.scratch = Scratch(
             lanes=zeros_in_lines((4, groups * LANES), np.float32),
             which=zeros_in_lines((groups * LANES,), np.int32),
             sides=zeros_in_lines((groups, sixteens * LANES, LANES), np.float32),
             rows_at=np.zeros(LANES, np.int64),
             chosen=zeros_in_lines((most, sixteens * LANES), np.float32),
         )
-    scratch: _Scratch = _kept.scratch
+    scratch: Scratch = _kept.scratch
     return scratch
 
 
+@njit(cache=True, nogil=True)
 def choose(
-    keys: NDArray[np.uint64],
-    slots: NDArray[np.int32],
-    utility: NDArray[np.float32],
-    explorable: NDArray[np.bool_],
-    creators: NDArray[np.int32],
-    categories: NDArray[np.int32],
-    embeddings: NDArray[np.float32],
-    ids: NDArray[np.uint8],
-    limits: NDArray[np.int32],
-    explore_slots: NDArray[np.int32],
-    seeds: NDArray[np.uint64],
-    creator_caps: NDArray[np.int32],
-    category_caps: NDArray[np.int32],
-    diversity: NDArray[np.float32],
-    reserve: int,
+    keys: NDArray[np.uint64], problem: Problem, reserve: int, scratch: Scratch
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
     """The fields of `kernels.slate.Slates`; ``keys`` is what `rank_candidates` fills, sorted per row."""
-    most = min(int(limits.max(initial=0)) + reserve, slots.shape[1])
-    scratch = _scratch_for(slots.shape[1], most, embeddings.shape[1])
-    return _choose(
-        scratch, keys, slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,
-        creator_caps, category_caps, diversity, reserve,
+    slots, utility, explorable, creators, categories, embeddings, ids = (
+        problem.slots, problem.utility, problem.explorable, problem.creators, problem.categories, problem.embeddings,
+        problem.ids,
     )  # fmt: skip
-
-
-@njit(cache=True, nogil=True)
-def _choose(
-    scratch: _Scratch,
-    keys: NDArray[np.uint64],
-    slots: NDArray[np.int32],
-    utility: NDArray[np.float32],
-    explorable: NDArray[np.bool_],
-    creators: NDArray[np.int32],
-    categories: NDArray[np.int32],
-    embeddings: NDArray[np.float32],
-    ids: NDArray[np.uint8],
-    limits: NDArray[np.int32],
-    explore_slots: NDArray[np.int32],
-    seeds: NDArray[np.uint64],
-    creator_caps: NDArray[np.int32],
-    category_caps: NDArray[np.int32],
-    diversity: NDArray[np.float32],
-    reserve: int,
-) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
+    limits, explore_slots, seeds, creator_caps, category_caps, diversity = (
+        problem.limits, problem.explore_slots, problem.seeds, problem.creator_caps, problem.category_caps,
+        problem.diversity,
+    )  # fmt: skip
     batch, width = slots.shape
     longest = np.int64(0)
     for b in range(batch):
@@ -267,7 +170,7 @@ def _choose(
     which_at, sides_at, pointers_at = (
         scratch.which.ctypes.data, scratch.sides.ctypes.data, scratch.rows_at.ctypes.data,
     )  # fmt: skip
-    chosen_at, table_at = scratch.chosen.ctypes.data, embeddings.ctypes.data
+    chosen_at, table_at = scratch.chosen.ctypes.data, problem.embeddings.ctypes.data
     doubt = np.float32((dim + 8) * 2.0**-23)  # of a cosine: twice what a sum of so many can lose
     # By position.
     padded = worth.shape[0]
@@ -295,12 +198,12 @@ def _choose(
 
     for b in range(batch):
         n = 0
-        while n < width and keys[b, n] != _PADDED:
-            order[n] = np.int32(keys[b, n] & _LOW)
+        while n < width and keys[b, n] != PADDED:
+            order[n] = np.int32(keys[b, n] & LOW)
             utility_then = utility[b, order[n]]
             worth[n] = utility_then if np.isfinite(utility_then) else np.float32(-np.inf)
             n += 1
-        _order_ties_by_id(order, worth, slots, b, ids, n)
+        order_ties_by_id(order, worth, slots, b, ids, n)
         n_pool = 0
         if explore_slots[b] > 0:
             for p in range(n):
@@ -355,7 +258,7 @@ def _choose(
                     places = n_drawn
                     continue
                 state += _GOLDEN_GAMMA
-                best = int(pool[np.int64(((_splitmix64(state) >> _HALF) * np.uint64(n_pool)) >> _HALF)])
+                best = int(pool[np.int64(((_splitmix64(state) >> HALF) * np.uint64(n_pool)) >> HALF)])
                 drawn[n_drawn] = best
                 chance[n_drawn] = np.float32(1.0 / n_pool)
                 n_drawn += 1
@@ -426,7 +329,7 @@ def _choose(
                     better = i == 0 or exact > best_value
                     # Of equal worth, the earlier position has the lower id.
                     if i > 0 and exact == best_value and worth[p] != worth[best]:
-                        better = _id_before(ids, slot_of[p], slot_of[best])
+                        better = id_before(ids, slot_of[p], slot_of[best])
                     if better:
                         best, best_value = p, exact
                 greedy[n_greedy + n_spare] = best

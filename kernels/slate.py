@@ -16,7 +16,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels import greedy
+from kernels import candidate_order, greedy
+from kernels.candidate_order import rank_candidates
 from kernels.checks import require_array
 
 ID_BYTES = 64
@@ -96,17 +97,13 @@ def select_slates(
     Cost: 12·B·K bytes of candidates, 4·D bytes for each that is near the best once, and 2·D flops for each cosine:
     some ten thousand per row while diversity is moderate, (limit + reserve)·K at worst.
     """
-    keys = _check(
+    problem = greedy.Problem(
         slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,
-        creator_caps, category_caps, diversity, reserve,
+        creator_caps, category_caps, diversity,
     )  # fmt: skip
+    keys = _check(problem, reserve)
     keys.sort(axis=1)
-    return Slates(
-        *greedy.choose(
-            keys, slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,
-            creator_caps, category_caps, diversity, reserve,
-        )
-    )  # fmt: skip
+    return Slates(*greedy.choose(keys, problem, reserve, greedy.scratch_for(problem, reserve)))
 
 
 def select_slates_reference(
@@ -126,10 +123,11 @@ def select_slates_reference(
     reserve: int,
 ) -> Slates:
     """What :func:`select_slates` returns, with every value computed at every step."""
-    _check(
+    problem = greedy.Problem(
         slots, utility, explorable, creators, categories, embeddings, ids, limits, explore_slots, seeds,
-        creator_caps, category_caps, diversity, reserve,
+        creator_caps, category_caps, diversity,
     )  # fmt: skip
+    _check(problem, reserve)
     slates = _empty(slots, limits, reserve)
     for b in range(slots.shape[0]):
         valid = np.flatnonzero(slots[b] >= 0)
@@ -238,55 +236,41 @@ def _splitmix64_reference(state: int) -> tuple[int, int]:
     return state, z ^ (z >> 31)
 
 
-def _check(
-    slots: NDArray[np.int32],
-    utility: NDArray[np.float32],
-    explorable: NDArray[np.bool_],
-    creators: NDArray[np.int32],
-    categories: NDArray[np.int32],
-    embeddings: NDArray[np.float32],
-    ids: NDArray[np.uint8],
-    limits: NDArray[np.int32],
-    explore_slots: NDArray[np.int32],
-    seeds: NDArray[np.uint64],
-    creator_caps: NDArray[np.int32],
-    category_caps: NDArray[np.int32],
-    diversity: NDArray[np.float32],
-    reserve: int,
-) -> NDArray[np.uint64]:
-    """Raises for the first bad argument; returns the candidates' keys, see `greedy.rank_candidates`."""
-    require_array("slots", slots, np.int32, (None, None))
-    rows = (slots.shape[0],)
-    require_array("utility", utility, np.float32, slots.shape)
-    require_array("explorable", explorable, np.bool_, slots.shape)
-    require_array("creators", creators, np.int32, (None,))
-    require_array("categories", categories, np.int32, creators.shape)
-    require_array("embeddings", embeddings, np.float32, (creators.shape[0], None))
-    require_array("ids", ids, np.uint8, (creators.shape[0], ID_BYTES))
-    require_array("limits", limits, np.int32, rows)
-    require_array("explore_slots", explore_slots, np.int32, rows)
-    require_array("seeds", seeds, np.uint64, rows)
-    require_array("creator_caps", creator_caps, np.int32, rows)
-    require_array("category_caps", category_caps, np.int32, rows)
-    require_array("diversity", diversity, np.float32, rows)
+def _check(problem: greedy.Problem, reserve: int) -> NDArray[np.uint64]:
+    """Raises for the first bad argument; returns the candidates' keys, see `rank_candidates`."""
+    require_array("slots", problem.slots, np.int32, (None, None))
+    cells, table = problem.slots.shape, problem.creators.shape
+    require_array("utility", problem.utility, np.float32, cells)
+    require_array("explorable", problem.explorable, np.bool_, cells)
+    require_array("creators", problem.creators, np.int32, (None,))
+    require_array("categories", problem.categories, np.int32, table)
+    require_array("embeddings", problem.embeddings, np.float32, (table[0], None))
+    require_array("ids", problem.ids, np.uint8, (table[0], ID_BYTES))
+    for name, dtype in _PER_ROW.items():
+        require_array(name, getattr(problem, name), dtype, cells[:1])
     if reserve < 0:
         raise ValueError(f"reserve: must not be negative, got {reserve}")
-    keys = np.empty(slots.shape, np.uint64)
-    problem = greedy.rank_candidates(
-        slots, utility, creators.shape[0], limits, explore_slots, creator_caps, category_caps, diversity, keys
-    )
-    if problem != greedy.OK:
-        raise ValueError(_PROBLEMS[problem].format(creators.shape[0]))
+    keys = np.empty(cells, np.uint64)
+    found = rank_candidates(
+        problem.slots, problem.utility, table[0], problem.limits, problem.explore_slots, problem.creator_caps,
+        problem.category_caps, problem.diversity, keys,
+    )  # fmt: skip
+    if found != candidate_order.OK:
+        raise ValueError(_PROBLEMS[found].format(table[0]))
     return keys
 
 
+_PER_ROW = {
+    "limits": np.int32, "explore_slots": np.int32, "seeds": np.uint64, "creator_caps": np.int32,
+    "category_caps": np.int32, "diversity": np.float32,
+}  # fmt: skip
 _PROBLEMS = {
-    greedy.BAD_LIMIT: "limits: must be at least 0",
-    greedy.BAD_EXPLORE_SLOTS: "explore_slots: must be at least 0",
-    greedy.BAD_CREATOR_CAP: "creator_caps: must be at least 1",
-    greedy.BAD_CATEGORY_CAP: "category_caps: must be at least 1",
-    greedy.BAD_DIVERSITY: "diversity: must be finite and not negative",
-    greedy.BAD_SLOT: "slots: must lie in [-1, {})",
+    candidate_order.BAD_LIMIT: "limits: must be at least 0",
+    candidate_order.BAD_EXPLORE_SLOTS: "explore_slots: must be at least 0",
+    candidate_order.BAD_CREATOR_CAP: "creator_caps: must be at least 1",
+    candidate_order.BAD_CATEGORY_CAP: "category_caps: must be at least 1",
+    candidate_order.BAD_DIVERSITY: "diversity: must be finite and not negative",
+    candidate_order.BAD_SLOT: "slots: must lie in [-1, {})",
 }
 
 

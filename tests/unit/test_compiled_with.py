@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from kernels import blend, cosines, eligibility, greedy, topk, topk_int8, vectors, verify
+from kernels import blend, candidate_order, cosines, eligibility, greedy, topk, topk_int8, vectors, verify
 
 
 def digest(*modules: ModuleType) -> str:
@@ -21,7 +21,7 @@ def digest(*modules: ModuleType) -> str:
     [
         (topk, (vectors,)),
         (topk_int8, (vectors, topk)),
-        (greedy, (cosines, vectors)),
+        (greedy, (candidate_order, cosines, vectors)),
         (blend, (cosines, vectors)),
         (verify, (eligibility,)),
     ],
