@@ -12,16 +12,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 from server.clock import Clock
 from server.config import RolloutSettings
 from server.errors import Draining, LiverankError, ModelRefused, NotFound, Refused, ScorerUnavailable, ScoringError
 from server.rollout.base import ServingPath
-from server.rollout.guard import Trial, Viewers, verdict
+from server.rollout.guard import verdict
 from server.rollout.intake import Diff, diff, examine
 from server.rollout.ledger import Ledger
+from server.rollout.listing import Gauges, Listing, listing_of
 from server.rollout.repository import Facts, Repository
 from server.rollout.state import Rollout, Stage
 from server.rollout.store import RolloutFile
@@ -36,32 +35,6 @@ PUSH_WAIT_S = 5.0
 RESUME_WAIT_S = 5.0
 """For what the rollout file says to be in force again after a start."""
 OURSELVES = "server"
-
-
-@dataclass(frozen=True)
-class Version:
-    """One on disk. roles: of "serving", "previous", "candidate". problem: why nothing else is known."""
-
-    version: int
-    roles: tuple[str, ...]
-    facts: Facts
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What is known of a model now. history: audit entries, oldest first."""
-
-    model: str
-    rollout: Rollout
-    answering: int
-    versions: list[Version]
-    trial: Trial
-    serving: Viewers
-    candidate: Viewers
-    faults: int
-    served: int
-    history: list[dict[str, Any]]
 
 
 class Shipping:
@@ -85,7 +58,7 @@ class Shipping:
         metrics: Metrics,
     ) -> None:
         self._settings, self._file, self._paths, self._repositories = settings, file, paths, repositories
-        self._ledger, self._clock, self._metrics = ledger, clock, metrics
+        self._ledger, self._clock, self._metrics, self._gauges = ledger, clock, metrics, Gauges(metrics)
         self._rollouts = {model: Rollout() for model in paths} | file.load()
         self._lock = threading.RLock()  # of the state; held for moments only
         self._pushing = threading.Lock()  # of what is loaded; taken before the other, held as long as loading takes
@@ -101,7 +74,7 @@ class Shipping:
         for model, path in self._paths.items():
             if not self._rollouts[model].held:
                 self._resumed[model].set()  # there is nothing to go on with
-            self._disclose(model, path)
+            self._gauges.stands(path, self._rollouts[model])
         self._thread.start()
 
     def stop(self) -> None:
@@ -119,23 +92,8 @@ class Shipping:
 
     def listing(self, model: str, history: int = 20) -> Listing:
         """Everything about one model. Raises NotFound."""
-        path, repository, rollout = self._path(model), self._repositories[model], self._rollouts[model]
-        answering = path.answering()
-        at = {"serving": rollout.serving or answering, "previous": rollout.previous, "candidate": rollout.candidate}
-        versions = []
-        for number in repository.versions():
-            facts, problem = Facts(), ""
-            try:
-                facts = repository.facts(repository.path(number))
-            except ModelRefused as refusal:
-                problem = str(refusal)
-            roles = tuple(role for role, version in at.items() if version == number)
-            versions.append(Version(number, roles, facts, problem))
-        serving, candidate, faults, served = path.viewers()
-        entries = self._ledger.newest(model, history)
-        return Listing(
-            model, rollout, answering, versions, path.trial, serving, candidate, faults, served, entries
-        )  # fmt: skip
+        path = self._path(model)
+        return listing_of(path, self._repositories[model], self._rollouts[model], self._ledger.newest(model, history))
 
     @property
     def models(self) -> list[str]:
@@ -204,7 +162,7 @@ class Shipping:
             if old and old not in now.held:
                 path.forget(old)
             path.versions.keep(now.held)
-            self._disclose(model, path)
+            self._gauges.stands(path, self._rollouts[model])
             return facts
         except BaseException:
             path.forget(version)
@@ -228,7 +186,7 @@ class Shipping:
                 path.share(percent, 0.0)
             else:
                 path.begin(version, percent)
-            self._disclose(model, path)
+            self._gauges.stands(path, self._rollouts[model])
             return now
 
     def canary(self, model: str, version: int, percent: float, hold_ms: int, who: str, why: str) -> Rollout:
@@ -243,7 +201,7 @@ class Shipping:
             if before.stage is Stage.PUSHED:
                 path.begin(version, 100.0)
             path.share(100.0, percent)  # a column that viewers are ranked by is scored every time
-            self._disclose(model, path)
+            self._gauges.stands(path, self._rollouts[model])
             return now
 
     def promote(self, model: str, version: int, force: bool, who: str, why: str) -> Rollout:
@@ -259,7 +217,7 @@ class Shipping:
                 raise Refused(f"{model}/{version} was not promoted: {error}") from error
             if before.previous and before.previous not in now.held:
                 path.forget(before.previous)
-            self._disclose(model, path)
+            self._gauges.stands(path, self._rollouts[model])
         self._let_go(path)
         return now
 
@@ -280,7 +238,7 @@ class Shipping:
             if gone not in now.held:
                 path.forget(gone)
             self._metrics.rollbacks.labels(model, guardrail or "asked").inc()
-            self._disclose(model, path)
+            self._gauges.stands(path, self._rollouts[model])
             try:
                 self._save(model, now)
             except Refused as error:
@@ -330,7 +288,7 @@ class Shipping:
             self._mend(path)
         if not resumed.is_set():
             self._resume(model, path)
-        self._show(model, path)
+        self._gauges.shows(path, self._rollouts[model])
         with self._lock:
             rollout = self._rollouts[model]
             if rollout.stage is not Stage.CANARY or not resumed.is_set():
@@ -390,7 +348,7 @@ class Shipping:
                 path.begin(rollout.candidate, scores)
                 path.share(scores, serves)
             self._resumed[model].set()
-        self._disclose(model, path)
+        self._gauges.stands(path, self._rollouts[model])
 
     # --- keeping ------------------------------------------------------------------------------
 
@@ -402,27 +360,3 @@ class Shipping:
     def _save(self, model: str, rollout: Rollout) -> None:
         self._file.save({**self._rollouts, model: rollout})
         self._rollouts[model] = rollout
-
-    # --- telling ------------------------------------------------------------------------------
-
-    def _disclose(self, model: str, path: ServingPath) -> None:
-        """Gauges of what serves; roles that nobody has are 0."""
-        rollout, m = self._rollouts[model], self._metrics
-        m.model_versions.labels(model, "serving").set(rollout.serving or path.answering())
-        m.model_versions.labels(model, "previous").set(rollout.previous)
-        m.model_versions.labels(model, "candidate").set(rollout.candidate)
-        m.canary_share.labels(model).set(rollout.percent / 100 if rollout.stage is Stage.CANARY else 0.0)
-
-    def _show(self, model: str, path: ServingPath) -> None:
-        rollout, m, found = self._rollouts[model], self._metrics, path.trial.agreement
-        if not rollout.serving:
-            m.model_versions.labels(model, "serving").set(path.answering())
-        if not rollout.candidate or found is None:
-            return
-        ours_s, theirs_s = path.trial.latency_s
-        for name, value in (
-            ("rank_correlation", found.rank_correlation), ("top10", found.top10), ("top100", found.top100),
-            ("calibration_gap", found.calibration_gap), ("drift", path.trial.drift),
-            ("serving_seconds", ours_s), ("candidate_seconds", theirs_s),
-        ):  # fmt: skip
-            m.rollout_agreement.labels(model, name).set(value)
