@@ -11,8 +11,8 @@ from server.errors import InvalidRequest
 from server.recorder import Recorder
 from server.rollout.agreement import Agreement
 from server.rollout.guard import Viewers
-from server.rollout.repository import Facts
 from server.rollout.listing import Listing
+from server.rollout.repository import Facts
 from server.rollout.shipping import Shipping
 from server.rollout.state import MAX_VERSION, Stage
 from server.rpc.auth import caller
