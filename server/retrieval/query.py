@@ -98,22 +98,20 @@ def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook, now
     """
     # A surface may have gone with a reload of the rules since the request was checked.
     places, default = book.surface_places, book.surface_places["default"]
-    surface_of = [places.get(r.surface, default) for r in requests]
-    said = book.surface_values.take(surface_of, axis=1) if requests else np.zeros((len(SURFACE_FIELDS), 0))
-    filters, filter_of = _filters(requests, said[_MAX_AGE_RATING].tolist())
+    said = _said(book, [places.get(r.surface, default) for r in requests])
+    filters, filter_of = _filters(requests, said.max_age_ratings)
     queries, has_embedding = _queries(requests, table.settings.embedding_dim)
-    seeds = hash_ids(*pack_ids([(r.request_id or r.viewer_id).encode() for r in requests]))
+    of_requests = [(r.request_id or r.viewer_id).encode() for r in requests]
+    hashes = hash_ids(*pack_ids(of_requests + [r.viewer_id.encode() for r in requests]))  # one call for both
+    seeds, viewer_hash = hashes[: len(requests)], hashes[len(requests) :]
     limits = np.array([r.limit for r in requests], np.int32)
     asked = [x.encode() for r in requests if r.exclude_stream_ids for x in r.exclude_stream_ids]
-    viewer_hash = hash_ids(*pack_ids([r.viewer_id.encode() for r in requests]))
     excluded, excluded_offsets, seen = _with_seen(
         table.map.lookup(*pack_ids(asked)) if asked else np.zeros(0, np.int32),
         _offsets(len(r.exclude_stream_ids) for r in requests),
         table, viewer_hash, now_ms,
     )  # fmt: skip
     followed = [table.creators.numbers(r.followed_creator_ids) if r.followed_creator_ids else [] for r in requests]
-    several_categories = np.array([len(r.categories) != 1 for r in requests], np.bool_)
-    capped = (said[_CATEGORY_SHARE] < 1.0) & several_categories
     return QueryBatch(
         requests=requests,
         queries=queries,
@@ -128,12 +126,55 @@ def build_batch(requests: list[RankQuery], table: LiveTable, book: RuleBook, now
         seeds=seeds,
         viewer_hash=viewer_hash,
         seen=seen,
+        weights=said.weights,
+        head_weights=said.head_weights,
+        explore_slots=_explore_slots(said, limits, seeds),
+        creator_caps=said.creator_caps,
+        category_caps=_category_caps(said, limits, requests),
+        diversity=said.diversity,
+    )
+
+
+class _Said(NamedTuple):
+    """What the surfaces of B requests say; kept and shared by batches, so nobody changes it. The last two: whether any
+    request is capped or explores at all."""
+
+    weights: BlendWeights
+    head_weights: NDArray[np.float32]
+    creator_caps: NDArray[np.int32]
+    category_shares: NDArray[np.float64]
+    exploration_shares: NDArray[np.float64]
+    diversity: NDArray[np.float32]
+    max_age_ratings: list[int]
+    caps_categories: bool
+    explores: bool
+
+
+def _said(book: RuleBook, surface_of: list[int]) -> _Said:
+    """Worked out once for batches of one surface and size: most are."""
+    b = len(surface_of)
+    if not b or surface_of.count(surface_of[0]) < b:
+        return _work_out(book, surface_of)
+    kept: dict[tuple[int, int], _Said] = book.kept_columns
+    said = kept.get((surface_of[0], b))
+    if said is None:
+        said = kept[surface_of[0], b] = _work_out(book, surface_of)
+    return said
+
+
+def _work_out(book: RuleBook, surface_of: list[int]) -> _Said:
+    said = book.surface_values.take(surface_of, axis=1) if surface_of else np.zeros((len(SURFACE_FIELDS), 0))
+    caps, shares, explored = said[_CREATOR_CAP], said[_CATEGORY_SHARE], said[_EXPLORATION_SHARE]
+    return _Said(
         weights=BlendWeights(*said[_WEIGHTS].astype(np.float32)),
         head_weights=np.ascontiguousarray((said[_HEADS] * _HEAD_SIGNS).T, np.float32),
-        explore_slots=_explore_slots(said[_EXPLORATION_SHARE], limits, seeds),
-        creator_caps=np.where(said[_CREATOR_CAP] > 0, said[_CREATOR_CAP], NO_CAP).astype(np.int32),
-        category_caps=np.where(capped, np.ceil(said[_CATEGORY_SHARE] * limits), NO_CAP).astype(np.int32),
+        creator_caps=np.where(caps > 0, caps, NO_CAP).astype(np.int32),
+        category_shares=shares,
+        exploration_shares=explored,
         diversity=said[_DIVERSITY].astype(np.float32),
+        max_age_ratings=said[_MAX_AGE_RATING].astype(int).tolist(),
+        caps_categories=bool((shares < 1.0).any()),
+        explores=bool((explored > 0.0).any()),
     )
 
 
@@ -171,11 +212,11 @@ def _with_seen(
     return np.insert(asked, places, seen), offsets + seen_offsets, np.diff(seen_offsets).astype(np.int32)
 
 
-def _filters(requests: list[RankQuery], ratings: list[float]) -> tuple[list[FilterKey], NDArray[np.int32]]:
+def _filters(requests: list[RankQuery], ratings: list[int]) -> tuple[list[FilterKey], NDArray[np.int32]]:
     """The distinct filters, and int32[B]: which of them every request has."""
     places: dict[FilterKey, int] = {}
     of = [
-        places.setdefault(FilterKey(r.languages, r.categories, r.region, int(rating)), len(places))
+        places.setdefault(FilterKey(r.languages, r.categories, r.region, rating), len(places))
         for r, rating in zip(requests, ratings, strict=True)
     ]
     return list(places), np.array(of, np.int32)
@@ -190,14 +231,23 @@ def _queries(requests: list[RankQuery], dim: int) -> tuple[NDArray[np.float32], 
     return queries, (queries != 0).any(axis=1)
 
 
-def _explore_slots(
-    shares: NDArray[np.float64], limits: NDArray[np.int32], seeds: NDArray[np.uint64]
-) -> NDArray[np.int32]:
+def _explore_slots(said: _Said, limits: NDArray[np.int32], seeds: NDArray[np.uint64]) -> NDArray[np.int32]:
     """Exploration slots int32[B]: the share of the limit, its fraction rounded by a seeded coin."""
-    wanted = limits * shares
+    if not said.explores:
+        return np.zeros(len(limits), np.int32)
+    wanted = limits * said.exploration_shares
     coin = (seeds >> np.uint64(11)).astype(np.float64) / float(1 << 53)
     whole = np.floor(wanted)
     return (whole + (coin < wanted - whole)).astype(np.int32)
+
+
+def _category_caps(said: _Said, limits: NDArray[np.int32], requests: list[RankQuery]) -> NDArray[np.int32]:
+    """Places int32[B] that a category may have: of one category alone a viewer asked for there is no share."""
+    if not said.caps_categories:
+        return np.full(len(limits), NO_CAP, np.int32)
+    several = np.array([len(r.categories) != 1 for r in requests], np.bool_)
+    capped = (said.category_shares < 1.0) & several
+    return np.where(capped, np.ceil(said.category_shares * limits), NO_CAP).astype(np.int32)
 
 
 def _offsets(lengths: Iterable[int]) -> NDArray[np.int64]:

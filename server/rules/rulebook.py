@@ -7,7 +7,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,11 @@ class RuleBook:
         """float64[fields, surfaces]: what surfaces say, a row per `SURFACE_FIELDS`."""
         values = [[getattr(surface, name) for surface in self.surfaces.values()] for name in SURFACE_FIELDS]
         return np.array(values, np.float64)
+
+    @cached_property
+    def kept_columns(self) -> dict[tuple[int, int], Any]:
+        """For whoever makes columns of a surface's values: what was made, by place of the surface and length."""
+        return {}
 
     @property
     def names(self) -> tuple[str, ...]:
