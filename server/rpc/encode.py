@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -20,22 +21,13 @@ SOURCE_NAMES = tuple(source.name for source in SOURCES)
 def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, started_s: float) -> Replies:
     """One serialised RankResponse per request of the batch. Called on the engine thread.
 
-    What all of the batch share is written by protobuf once, the `streams` entries by the kernel. Of Timings the part
-    that all share is in there too: parts of a message merge like messages. ``started_s``: when the batch
+    What all of the batch share is written once, the `streams` entries by the kernel. Of Timings the part that all
+    share is in there too: parts of a message merge like messages. ``started_s``: when the batch
     began, monotonic.
     """
-    degradation = pb.Degradation(level=int(state.level), reasons=state.reasons)  # type: ignore[arg-type]
-    if state.quality < 1.0:
-        degradation.quality = state.quality
-        degradation.reasons.append(f"overload: {state.quality:.0%} of the candidates were scored")
-    common = pb.RankResponse(
-        as_of_ms=slates.as_of_ms,
-        model_version=state.model_version,
-        degradation=degradation,
-        applied_offset=state.applied_offset,
-        source_names=SOURCE_NAMES,
-        score_age_ms=state.score_age_ms,
-    ).SerializeToString()
+    common = _told(int(state.level), state.reasons, state.quality, state.model_version)
+    for number, value in ((3, slates.as_of_ms), (6, state.applied_offset), (10, state.score_age_ms)):
+        common += uint_fields((value,), first=number)
     times = slates.times
     timings = uint_fields(
         (
@@ -45,6 +37,18 @@ def encode_replies(slates: SlateBatch, state: ReplyState, table: LiveTable, star
     common += b"\x3a%c%b" % (len(timings), timings)
     streams, offsets = _encode_on_host(slates, table) if slates.wire is None else _joined(slates.wire)
     return Replies(slates.batch.requests, slates.batch.seen, started_s, common, streams, offsets)
+
+
+@lru_cache(maxsize=256)
+def _told(level: int, reasons: tuple[str, ...], quality: float, model_version: str) -> bytes:
+    """What replies say of themselves from one batch to the next, by protobuf; the same for seconds on end."""
+    degradation = pb.Degradation(level=level, reasons=reasons)  # type: ignore[arg-type]
+    if quality < 1.0:
+        degradation.quality = quality
+        degradation.reasons.append(f"overload: {quality:.0%} of the candidates were scored")
+    return pb.RankResponse(
+        model_version=model_version, degradation=degradation, source_names=SOURCE_NAMES
+    ).SerializeToString()
 
 
 def _encode_on_host(slates: SlateBatch, table: LiveTable) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
