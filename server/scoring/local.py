@@ -109,7 +109,8 @@ class LocalScorer:
             raise ScorerUnavailable(f"{label}: {error}") from error
         self._check(config, label)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = max(1, min(2, os.cpu_count() or 1))
+        # One core is left to those who answer requests meanwhile.
+        options.intra_op_num_threads = max(1, min(2, (os.cpu_count() or 1) - 1))
         options.inter_op_num_threads = 1
         # Waiting threads must not burn the cores that answer requests.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
