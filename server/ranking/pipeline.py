@@ -20,7 +20,7 @@ from server.ranking.ranker import Asked, RankerStage
 from server.ranking.slates import Candidates, SlateBatch, StageTimes
 from server.ranking.tally import tally_of
 from server.retrieval.base import SearchEngine
-from server.retrieval.query import FilterKey, QueryBatch
+from server.retrieval.query import QueryBatch
 from server.retrieval.sources import SOURCES, Batch, bit_of
 from server.retrieval.streams import StreamState
 from server.retrieval.view import JoinedViews, Snapshot, View
@@ -157,7 +157,7 @@ class Pipeline:
 
     # --- stages -------------------------------------------------------------------------------
 
-    def _view(self, _key: FilterKey, filters: FilterColumns, v: int) -> View:
+    def _view(self, filters: FilterColumns, v: int) -> View:
         """The filter's view of this tick, row ``v`` of ``filters``."""
         eligible = self.snapshot.eligible(filters, v)
         found = [

@@ -120,11 +120,11 @@ class Snapshot:
         """Other scores came within the tick: another order, and other views."""
         self.trend_order, self.views, self._joined = trend_order, {}, None
 
-    def joined(self, keys: list[FilterKey], build: Callable[[FilterKey, FilterColumns, int], View]) -> JoinedViews:
+    def joined(self, keys: list[FilterKey], build: Callable[[FilterColumns, int], View]) -> JoinedViews:
         """The views of at least ``keys``, joined at most once for each new filter of a tick.
 
         Args:
-            build: makes the view of a key that has none yet, row v of these columns.
+            build: makes the view of a filter that has none yet, row v of these columns.
         """
         joined = self._joined
         if joined is None or any(key not in joined.places for key in keys):
@@ -135,11 +135,11 @@ class Snapshot:
             self._joined = joined = replace(joined, filters=filters, numbering=self._numbering())
         return joined
 
-    def _join(self, keys: list[FilterKey], build: Callable[[FilterKey, FilterColumns, int], View]) -> JoinedViews:
+    def _join(self, keys: list[FilterKey], build: Callable[[FilterColumns, int], View]) -> JoinedViews:
         filters = self.filter_columns(keys)
         for v, key in enumerate(keys):
             if key not in self.views:
-                self.views[key] = build(key, filters, v)
+                self.views[key] = build(filters, v)
         views = [self.views[key] for key in keys]
         starts = np.cumsum([0, *(len(view.slots) for view in views)], dtype=np.int64)
         lists = Views(np.concatenate([v.slots for v in views]), np.concatenate([v.sources for v in views]), starts)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.retrieval.query import NO_CAP, RankQuery, build_batch
 from server.rules.rulebook import RuleBook, Surface
-from tests.unit.test_sources import World, query
+from tests.assessed import World, query
 
 SURFACES = {
     "default": Surface(),

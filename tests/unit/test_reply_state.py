@@ -12,7 +12,7 @@ from server.ranking.tally import tally_of
 from server.retrieval.query import build_batch
 from server.rpc.encode import SOURCE_NAMES, encode_replies
 from server.scoring.ladder import Level
-from tests.unit.test_sources import World, query
+from tests.assessed import World, query
 
 WORLD = World()
 STATES = st.builds(
