@@ -85,7 +85,8 @@ def test_a_flipped_byte_in_the_middle_refuses_to_start_until_the_operator_decide
 def test_damage_that_a_snapshot_covers_does_no_harm(
     tmp_path: Path, settings: Settings, start: Callable[..., Server], command: Callable[..., tuple[int, str]]
 ) -> None:
-    server = start({**settings, "snapshot": {"every_ms": 20}})
+    # Kept, all of them: the log is cut behind the oldest one, and record 3 is to stay in it.
+    server = start({**settings, "snapshot": {"every_ms": 20, "keep": 100}})
     publish(server, *(starts(i, 1) for i in range(5)))
     eventually(lambda: metric(server, "liverank_snapshot_offset") == 5, what="a snapshot of all")
     publish(server, starts(5, 1), starts(6, 1))
