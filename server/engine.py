@@ -140,8 +140,8 @@ class Engine:
     ) -> list[A]:
         """Queues viewers to be ranked; resolves to one serialised RankResponse each, in order.
 
-        One answer per ``max_batch_rows`` viewers: between the parts of a large call the engine applies
-        events and ticks. All or nothing is queued.
+        One answer per part of at most ``max_batch_rows`` viewers, fewer where the pipeline is slow: between the parts
+        of a large call the engine applies events and ticks. All or nothing is queued.
 
         Args:
             arrived_s: when the call came, monotonic; None: now.
@@ -150,7 +150,7 @@ class Engine:
         Raises:
             Overloaded: too many viewers wait already. Draining: the engine has not started, or stops.
         """
-        step = self.settings.serve.max_batch_rows
+        step = self.pipeline.most_rows(self.settings.serve.max_batch_rows)
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
         parts: list[Waiting[RankQuery]] = []
         answers: list[A] = []
@@ -274,7 +274,8 @@ class Engine:
             if answerer.on_its_way is not None and answerer.on_its_way.wait_s() > 0 and not self._stopping:
                 continue  # a model works on it: events and ticks meanwhile, rather than waiting for it
             with self._wake:  # last, so that it sees the offsets applied above
-                turn = self._queue.take(self.applier.offset, answerer.budget_s(), closing=self._stopping)
+                most_rows = self.pipeline.most_rows(self.settings.serve.max_batch_rows)
+                turn = self._queue.take(self.applier.offset, answerer.budget_s(), self._stopping, most_rows)
                 self._in_hand += [item.done for item in turn.taken()]
             answerer.answer(turn, closing=self._stopping)
 

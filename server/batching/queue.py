@@ -71,13 +71,17 @@ class RankQueue(Generic[T]):
         now_s = self._clock()
         return max(0.0, self._full_at_s - now_s) if now_s < self._busy_until_s else 0.0
 
-    def take(self, applied_offset: int, budget_s: float, closing: bool = False) -> Turn[T]:
+    def take(
+        self, applied_offset: int, budget_s: float, closing: bool = False, most_rows: int | None = None
+    ) -> Turn[T]:
         """One turn.
 
         Args:
             applied_offset: last log offset in the table.
             budget_s: time that ranking takes; a call with less than this left is late.
             closing: no more offsets will be applied.
+            most_rows: rows that are better not ranked together now; None: ``max_batch_rows``. One call is taken, even
+                if it has more.
         """
         turn: Turn[T] = Turn()
         now_s = self._clock()
@@ -85,18 +89,20 @@ class RankQueue(Generic[T]):
         if not self._calls:
             return turn
         self._take_late(turn, now_s, budget_s)
-        room_rows = self._max_batch_rows
-        batch_first = self._passed_over >= BATCH_PATIENCE_TURNS
+        room_rows = self._max_batch_rows if most_rows is None else min(most_rows, self._max_batch_rows)
+        taken_rows, batch_first = 0, self._passed_over >= BATCH_PATIENCE_TURNS
         for priority in sorted(Priority, reverse=batch_first):
-            while room_rows and (item := self._fair[priority].pop(room_rows)):
+            while taken_rows < room_rows:
+                item = self._fair[priority].pop(room_rows - taken_rows if taken_rows else self._max_batch_rows)
+                if item is None:
+                    break
                 self._calls -= 1
                 if self._claim(item, turn, now_s):
                     turn.rank.append(item)
-                    room_rows -= len(item)
+                    taken_rows += len(item)
         waited = any(item.priority is Priority.BATCH for item in turn.rank) or not self._fair[Priority.BATCH]
         self._passed_over = 0 if waited else self._passed_over + 1
-        several = self._max_batch_rows - room_rows > 1
-        self._busy_until_s = now_s + BUSY_FOR_S if several else float("-inf")
+        self._busy_until_s = now_s + BUSY_FOR_S if taken_rows > 1 else float("-inf")
         self._full_at_s = float("-inf")  # what is left has waited for a whole batch
         return turn
 

@@ -73,6 +73,10 @@ class Pipeline:
         self._seen = Seen(settings.table.capacity)
         self.snapshot = Snapshot(table, streams, settings.retrieval, 0, np.zeros(0, np.int32))
 
+    def most_rows(self, allowed: int) -> int:
+        """Viewers to rank together now, from 1 to ``allowed``: so many that the ranker is likely to answer in time."""
+        return allowed if self.ranker is None else min(allowed, self.ranker.most_viewers())
+
     def rank(self, batch: QueryBatch, quality: float = 1.0) -> SlateBatch:
         """The whole way of B requests.
 
@@ -92,7 +96,7 @@ class Pipeline:
         clock.stage("retrieve_us")
         utility, similarity = self._blend(batch, candidates[0], candidates[1])
         scored = Candidates(*candidates, utility, similarity)
-        asked = None if self.ranker is None else self.ranker.ask(batch, scored, self._clock.now_ms())
+        asked = None if self.ranker is None else self.ranker.ask(batch, scored, self._clock.now_ms(), quality)
         clock.stage("blend_us")
         return Gathered(batch, quality, views.filters, filter_of, scored, clock, asked)
 

@@ -6,10 +6,15 @@
 
 with the weights of the request's surface. It is asked about the ``ranker.candidates`` best by stream-level utility of
 each request; to the others nothing is added. It is not asked for requests whose surface gives it no weight.
+
+A model answers so many rows per second and no more, however they are packed. So a batch is only as large as what it can
+answer well within its deadline (`RankerStage.most_viewers`); the rest waits its turn, and admission sees to it that not
+too many wait: its quality factor takes from the candidates that are asked about.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +28,9 @@ from server.retrieval.streams import StreamState
 from server.scoring.ranker import RankerCall, RankerCaller
 from server.scoring.ranker_schema import CODES, HEADS, NEUTRAL_POSITION, RankerInputs, missing_of
 from server.viewers.table import ViewerTable, codes_of, empty_histories
+
+_OF_A_BATCH = 0.1
+"""Weight of a batch in the mean of rows per viewer."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,20 @@ class RankerStage:
         capacity = table.settings.capacity
         self._codes = np.zeros((capacity, len(CODES)), np.int64)
         self._codes_of = np.full(capacity, np.iinfo(np.uint32).max, np.uint32)
+        self._per_viewer = float(candidates)  # rows asked about, of late
 
-    def ask(self, batch: QueryBatch, candidates: Candidates, now_ms: int) -> Asked | None:
-        """Starts one call about the batch; None when there is nothing to ask about."""
-        rows, columns = self._chosen(batch, candidates)
+    def most_viewers(self) -> int:
+        """Of a batch, so that its call is likely to be answered in time; at least 1. Any thread."""
+        return max(1, int(self._caller.rows_in_time() / max(1.0, self._per_viewer)))
+
+    def ask(self, batch: QueryBatch, candidates: Candidates, now_ms: int, quality: float = 1.0) -> Asked | None:
+        """Starts one call about the batch; None when there is nothing to ask about.
+
+        Args:
+            quality: share of the candidates to ask about, see `Pipeline.rank`; never fewer than a slate has places.
+        """
+        rows, columns = self._chosen(batch, candidates, quality)
+        self._per_viewer += _OF_A_BATCH * (len(rows) / len(batch) - self._per_viewer)
         if not len(rows):
             return None
         call = self._caller.start(self._inputs(batch, candidates.slots[rows, columns], rows, now_ms))
@@ -82,13 +100,16 @@ class RankerStage:
         told[asked.rows, asked.columns] = values
         return replace(candidates, utility=utility, heads=told), by
 
-    def _chosen(self, batch: QueryBatch, candidates: Candidates) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _chosen(
+        self, batch: QueryBatch, candidates: Candidates, quality: float
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows and columns of the candidates to ask about, row by row."""
         weighted: NDArray[np.bool_] = (batch.head_weights != 0).any(axis=1)
         wanted = (candidates.slots >= 0) & weighted[:, None]
-        if candidates.slots.shape[1] > self._most:
+        most = min(self._most, max(int(batch.limits.max()), math.ceil(quality * self._most)))
+        if candidates.slots.shape[1] > most:
             utility = np.where(wanted & np.isfinite(candidates.utility), candidates.utility, -np.inf)
-            best = np.argpartition(utility, -self._most, axis=1)[:, -self._most :]
+            best = np.argpartition(utility, -most, axis=1)[:, -most:]
             among = np.zeros(wanted.shape, np.bool_)
             np.put_along_axis(among, best, True, axis=1)
             wanted &= among

@@ -16,10 +16,14 @@ from server.config import RankerSettings
 from server.errors import ScorerTimeout, ScoringError
 from server.scoring.base import Scores
 from server.scoring.ladder import Ladder
+from server.scoring.pace import Pace
 from server.scoring.ranker_schema import RankerInputs
 from server.scoring.refresh import OUTCOMES
 
 log = logging.getLogger(__name__)
+
+_SHARE_OF_DEADLINE = 0.5
+"""Calls are meant to take so much of it: one takes twice as long as the mean now and then."""
 
 
 class Ranker(Protocol):
@@ -59,7 +63,8 @@ class RankerCaller:
     """Calls a ranker for one thread, the engine's, which goes on meanwhile.
 
     A call that is overdue is given up, and no other is made until the model has let go of it. After
-    ``breaker_failures`` failures in a row none is made for ``breaker_open_ms``, then one on trial.
+    ``breaker_failures`` failures in a row none is made for ``breaker_open_ms``, then one on trial. How long calls take
+    per row is remembered, so that whoever makes them can make them small enough (`rows_in_time`).
 
     Args:
         on_call: told the outcome of every call ("ok", a value of `refresh.OUTCOMES`, "internal", "busy" or
@@ -79,6 +84,7 @@ class RankerCaller:
         self._deadline_s = settings.deadline_ms / 1000
         self._breaker = Ladder(settings.breaker_failures, settings.breaker_open_ms, 0)
         self._last: Future[Scores] | None = None
+        self._pace = Pace()
         self._jobs: queue.SimpleQueue[tuple[RankerInputs, RankerCall] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="ranker", daemon=True)
         self._worker.start()
@@ -92,6 +98,10 @@ class RankerCaller:
             (problem, *_) = self._breaker.assess(self._clock.now_ms(), None).reasons
             return RankerCall(Future(), due_s, f"breaker_open: {problem}")
         return self._put(inputs, due_s)
+
+    def rows_in_time(self) -> int:
+        """Rows that a call may have to be likely answered in time; very many while that is not known. Any thread."""
+        return self._pace.rows_in(_SHARE_OF_DEADLINE * self._deadline_s)
 
     def finish(self, call: RankerCall) -> tuple[Scores | None, str]:
         """(heads, "") or (None, why not). Waits until the call's time is over at most."""
@@ -118,10 +128,12 @@ class RankerCaller:
         return None, f"internal: {type(error).__name__}"  # foreign code of the model's library; logged in the thread
 
     def warm(self, inputs: RankerInputs, within_s: float) -> str:
-        """Loads the model and runs it once, before anybody waits for it; "" or what went wrong. Not the engine's."""
-        call = self._put(inputs, time.monotonic() + within_s)
+        """Loads the model and runs it, before anybody waits for it; "" or what went wrong. Not the engine's."""
+        due_s = time.monotonic() + within_s
         try:
-            call.answer.result(within_s)
+            self._put(inputs, due_s).answer.result(within_s)
+            self._pace.forget()  # it was loaded
+            self._put(inputs, due_s).answer.result(max(0.0, due_s - time.monotonic()))
         except (ScoringError, TimeoutError) as error:
             return f"{type(error).__name__}: {error}"
         return ""
@@ -140,15 +152,22 @@ class RankerCaller:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            inputs, call = job
-            try:
-                left_s = call.due_s - time.monotonic()
-                if left_s <= 0:
-                    raise ScorerTimeout("no time left before the deadline")
-                call.answer.set_result(self._ranker.heads(inputs, left_s))
-            except ScoringError as error:
-                call.answer.set_exception(error)
-            except Exception as error:
-                log.exception("unexpected fault in the ranker")
-                call.answer.set_exception(error)
+            self._answer(*job)
             self._on_answer()
+
+    def _answer(self, inputs: RankerInputs, call: RankerCall) -> None:
+        began_s = time.monotonic()
+        if (left_s := call.due_s - began_s) <= 0:
+            call.answer.set_exception(ScorerTimeout("no time left before the deadline"))
+            return
+        try:
+            heads = self._ranker.heads(inputs, left_s)
+            self._pace.took(len(inputs), time.monotonic() - began_s)
+            call.answer.set_result(heads)
+        except ScoringError as error:
+            if isinstance(error, ScorerTimeout):
+                self._pace.stopped(len(inputs), time.monotonic() - began_s)
+            call.answer.set_exception(error)
+        except Exception as error:
+            log.exception("unexpected fault in the ranker")
+            call.answer.set_exception(error)

@@ -17,6 +17,8 @@ from server.clock import ManualClock
 from server.config import parse_settings
 from server.errors import ConfigError, ScorerUnavailable
 from server.live.features import FeatureSet
+from server.retrieval.query import build_batch
+from server.rpc.decode import decode_rank
 from server.rules.rulebook import RuleBook
 from server.scoring.base import Scores
 from server.scoring.ranker_schema import CODE_BUCKETS, RankerInputs, bucket_of
@@ -64,7 +66,10 @@ def server(folder: Path, model: Any = None, **ranker: Any) -> Iterator[Client]:
     rules = folder / "rules.toml"
     rules.write_text(RULES)
     settings = {"model": "ranker", "deadline_ms": 5_000, **ranker}
-    with running_app(folder, ManualClock(T0), ranker=settings, rank={"rules_file": str(rules)}) as client:
+    calm = {"target_ms": 60_000, "target_wait_ms": 60_000}  # slow models are no overload here
+    with running_app(
+        folder, ManualClock(T0), ranker=settings, rank={"rules_file": str(rules)}, admission=calm
+    ) as client:
         client.publish(
             *(started(f"s{i:02}", 0, language="en", category=f"g{i % 3}", embedding=north(i)) for i in range(STREAMS)),
             *(event(f"s{i:02}", 0, viewer_count={"count": 3 * i}) for i in range(0, STREAMS, 2)),
@@ -143,6 +148,33 @@ def test_only_the_best_by_stream_level_scores_are_asked_about(tmp_path: Path) ->
         best = list(without)[:4]
         assert {name for name, value in added.items() if value == 1.5} == set(best)
         assert all(value == 0.0 for name, value in added.items() if name not in best)
+
+
+def test_a_model_too_slow_for_a_whole_batch_is_asked_about_parts_that_it_answers_in_time(tmp_path: Path) -> None:
+    # 64 viewers x 12 streams x 1.5 ms would take longer than the deadline.
+    slow = rankers.slow(F, D, 2_000, [0.5, 0.5, 0.5, 0.0])
+    with server(tmp_path, slow, deadline_ms=1_000) as client:
+        requests = [ranking_pb2.RankRequest(viewer_id=f"v{i}", limit=STREAMS) for i in range(64)]
+        replies = client.ranking.RankBatch(ranking_pb2.RankBatchRequest(requests=requests), timeout=60.0).responses
+        ranked = [reply.model_version == "trendiness/1+ranker/1" for reply in replies]
+        assert len(ranked) == 64 and sum(ranked) >= 48, "a machine that stalls may cost a part"
+        assert metric(client, "liverank_ranker_calls_total", outcome="ok") > 1
+
+
+@pytest.mark.parametrize(
+    ("quality", "limit", "asked"), [(1.0, 2, 8), (0.5, 2, 4), (0.1, 2, 2), (0.1, 6, 6), (0.1, STREAMS, 8)]
+)
+def test_under_pressure_it_is_asked_about_fewer_candidates_but_enough_for_a_slate(
+    tmp_path: Path, quality: float, limit: int, asked: int
+) -> None:
+    with server(tmp_path, rankers.constant(F, D, [1.0, 1.0, 0.0, 0.0]), candidates=8) as client:
+        engine = client.app.engine
+        request = ranking_pb2.RankRequest(viewer_id="v", limit=limit)
+        query = decode_rank(request, engine.settings, engine.surfaces, float("inf"))
+        batch = build_batch([query], engine.table, engine.streams.book)
+        slates = engine.call(lambda: engine.pipeline.rank(batch, quality)).result(10.0)
+        assert slates.candidates is not None and slates.candidates.heads is not None
+        assert np.isfinite(slates.candidates.heads).all(axis=2).sum() == asked
 
 
 @pytest.mark.parametrize(

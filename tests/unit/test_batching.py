@@ -40,8 +40,10 @@ class Bench:
         self.put_in.append(item)
         return item
 
-    def take(self, offset: int = 0, budget_s: float = 0.002, closing: bool = False) -> Turn[int]:
-        return self.queue.take(offset, budget_s, closing)
+    def take(
+        self, offset: int = 0, budget_s: float = 0.002, closing: bool = False, most_rows: int | None = None
+    ) -> Turn[int]:
+        return self.queue.take(offset, budget_s, closing, most_rows)
 
 
 def rows(items: list[Waiting[int]]) -> int:
@@ -106,6 +108,21 @@ def test_nothing_is_lost_nothing_comes_out_twice_and_bounds_hold(steps: list[Any
     assert {id(i) for i in out} | {id(i) for i in dropped} == {id(i) for i in bench.put_in}, "lost"
     assert not {id(i) for i in out} & {id(i) for i in dropped}
     assert rows(dropped) == abandoned_rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, MAX_ROWS)), max_size=40), st.integers(1, MAX_ROWS + 1))
+def test_a_turn_has_no_more_rows_than_it_should_unless_one_call_alone_has(
+    calls: list[tuple[str, int]], most_rows: int
+) -> None:
+    bench, turns = Bench(), []
+    for client, n in calls:
+        bench.put(client, n)
+    while bench.queue.rows:
+        turns.append(bench.take(most_rows=most_rows).rank)
+        assert turns[-1], "it gets on"
+        assert rows(turns[-1]) <= min(most_rows, MAX_ROWS) or len(turns[-1]) == 1
+    assert sorted(id(item) for turn in turns for item in turn) == sorted(map(id, bench.put_in))
 
 
 @settings(max_examples=100, deadline=None)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -255,6 +256,26 @@ def test_the_breaker_opens_after_failures_in_a_row_and_closes_with_a_trial() -> 
         it.ranker.error = None
         assert all(it.ask()[0] for _ in range(3))
         assert it.outcomes == {"bad_scores": 2, "breaker_open": 2, "internal": 1, "ok": 3}
+
+
+def test_calls_are_to_be_as_small_as_the_model_is_slow_and_loading_it_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s, seconds = [100.0], iter([30.0, 0.2, 0.8])
+    with calls(deadline_ms=1_000) as it:
+        assert it.caller.rows_in_time() > 10**6, "nothing is known"
+        answer = it.ranker.heads
+
+        def heads(inputs: RankerInputs, deadline_s: float) -> Scores:
+            now_s[0] += next(seconds)
+            return answer(inputs, deadline_s)
+
+        monkeypatch.setattr(it.ranker, "heads", heads)
+        monkeypatch.setattr("server.scoring.ranker.time", SimpleNamespace(monotonic=lambda: now_s[0]))
+        assert it.caller.warm(empty_inputs(100, F, D), 60.0) == ""
+        assert it.caller.rows_in_time() == 250, "2 ms per row, half of a second"
+        it.caller.start(empty_inputs(100, F, D)).answer.result(5.0)
+        assert 100 < it.caller.rows_in_time() < 200, "slower than before, and only once"
 
 
 def test_warming_up_tells_what_went_wrong() -> None:
