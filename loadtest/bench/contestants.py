@@ -20,6 +20,9 @@ from loadtest.processes import Server, children_of, cpu_seconds, start_server
 
 OURS, CONSTANT, THREADS, TEXTBOOK, TEXTBOOK_LEAN = "ours", "constant", "constant_threads", "textbook", "textbook_lean"
 BEHIND_EDGES, EDGES = "ours_behind_edges", 2
+OURS_RANKED, TEXTBOOK_RANKED = "ours_with_ranker", "textbook_with_ranker"
+RANKER = "ranker"
+"""The shipped model viewer x stream, of the repository."""
 OLDEST_MS = 7_200_000
 """Starts are spread over two hours: if every stream were fresh, each tick of ours would do the work of a mass start."""
 CALL_TIMEOUT_S = 10.0
@@ -88,8 +91,8 @@ def our_settings(streams: int) -> dict[str, dict[str, object]]:
 
 @contextmanager
 def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str, Contestant]]:
-    """Ours, the constant reply on our transport and on grpcio's own, and the textbook server, whole and lean;
-    all stopped in the end.
+    """Ours, the constant reply on our transport and on grpcio's own, and the textbook server, whole and lean; ours
+    behind edges; ours and the textbook server with a ranker. All stopped in the end.
 
     Args:
         sample: a serialised RankRequest; our reply to it is the constant one.
@@ -101,17 +104,20 @@ def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str,
         reply_file = folder / "reply"
         reply_file.write_bytes(reply)
         started = {OURS: ours}
-        behind = {**our_settings(streams)}
-        behind["serve"] = {"edges": EDGES}
-        edged = stack.enter_context(_running(BEHIND_EDGES, start_server(folder / BEHIND_EDGES, behind)))
-        _fill_and_ask(edged.server.address, catalogue, sample)
-        started[BEHIND_EDGES] = edged
+        for name, more in (
+            (BEHIND_EDGES, {"serve": {"edges": EDGES}}),
+            (OURS_RANKED, {"ranker": {"model": RANKER}}),
+        ):
+            other = start_server(folder / name, our_settings(streams) | more)
+            started[name] = stack.enter_context(_running(name, other))
+            _fill_and_ask(other.address, catalogue, sample)
         n = ("--streams", str(streams))
         for name, module, arguments in (
             (CONSTANT, "loadtest.bench.constant", ("--reply-file", str(reply_file), "--transport", "direct")),
             (THREADS, "loadtest.bench.constant", ("--reply-file", str(reply_file), "--transport", "threads")),
             (TEXTBOOK, "loadtest.bench.textbook", n),
             (TEXTBOOK_LEAN, "loadtest.bench.textbook", (*n, "--lean")),
+            (TEXTBOOK_RANKED, "loadtest.bench.textbook", (*n, "--ranker")),
         ):
             started[name] = stack.enter_context(_running(name, start_child(folder / name, module, *arguments)))
         for contestant in started.values():

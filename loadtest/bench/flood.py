@@ -230,9 +230,10 @@ class Flooder:
         for connection in self._connections:
             connection.close()
 
-    def run(self, rate_per_s: float, seconds: float) -> dict[str, Any]:
-        """Floods for ``seconds``, then waits for what was sent. A call that is late is sent nevertheless, and its
-        latency counts from when it was due; what the server's windows or the time did not allow is ``unsent``.
+    def run(self, rate_per_s: float, seconds: float, after_s: float = AFTER_S) -> dict[str, Any]:
+        """Floods for ``seconds``, then waits for what was sent. A call that is late is sent nevertheless, up to
+        ``after_s`` after these seconds, and its latency counts from when it was due; what the server's windows or the
+        time did not allow is ``unsent``.
 
         Raises:
             FloodError: the server said what cannot be counted, such as GOAWAY.
@@ -241,7 +242,7 @@ class Flooder:
         found.__init__()  # type: ignore[misc]
         planned, sent, worst_s = round(rate_per_s * seconds), 0, 0.0
         begun_s, used_s = time.monotonic(), time.process_time()
-        while sent < planned and (now_s := time.monotonic()) < begun_s + seconds + AFTER_S:
+        while sent < planned and (now_s := time.monotonic()) < begun_s + seconds + after_s:
             while sent < planned and (due_s := begun_s + sent / rate_per_s) <= now_s:
                 call = self._calls[sent % len(self._calls)]
                 if not self._connections[sent % len(self._connections)].send(call, due_s):

@@ -6,19 +6,21 @@ from this process, which shares the cores with the server under test: on a small
 latencies are those of both, CPU per reply is the server's alone (/proc).
 Floor: the constant reply on the same transport (`server/rpc/direct.py`); ceiling_cpu_ratio 1.0 cannot be beaten on it.
 threads_cpu_ratio compares with a constant reply from grpcio's own synchronous server, which everybody else would use.
+
+Two modes, never mixed: scores of the stream level, worked out once for everybody (all of the above), and, under
+``with_ranker``, a viewer x stream model asked for every request (`loadtest/bench/serve_with_ranker.py`).
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from loadtest.bench.catalogue import as_batches, as_bytes, rank_requests
@@ -33,15 +35,15 @@ from loadtest.bench.contestants import (
     Contestant,
     contestants,
 )
-from loadtest.bench.load import Ask, LoadReport, closed_loop
+from loadtest.bench.load import LoadReport
 from loadtest.bench.openloop import open_loop
 from loadtest.bench.serve_report import print_result
+from loadtest.bench.serve_with_ranker import with_ranker
+from loadtest.bench.turns import CPU_RESOLUTION_S, WARM_UP_S, Turn, cpu_ratio, errors_of, summary, take_turn
 from loadtest.processes import ROOT
 
 QUERIES = 256
 BATCH_VIEWERS, BATCH_CALLERS = 256, 2
-WARM_UP_S = 0.25
-CPU_RESOLUTION_S = 0.01  # of /proc; less cannot be told from nothing
 OPEN_LOAD = 0.7
 """Open-loop arrivals per second, as a share of the server's own closed-loop replies per second."""
 
@@ -76,15 +78,6 @@ def plan_from(streams: list[int] | None, concurrency: list[int] | None, seconds:
     )
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One server's share of a round. CPU in ms per reply (for RankBatch: per slate)."""
-
-    load: LoadReport
-    cpu_ms: float
-    client_cpu_ms: float
-
-
 def run_serve(plan: Plan = DEFAULT) -> int:
     """Measures, prints a table and, last, a line of JSON. Returns 0, or 1 when a server failed calls."""
     begun_s = time.monotonic()
@@ -95,6 +88,7 @@ def run_serve(plan: Plan = DEFAULT) -> int:
     batches: list[dict[str, Any]] = []
     open_rows: list[dict[str, Any]] = []
     edges: dict[str, Any] = {}
+    ranked: dict[str, Any] = {}
     for n in plan.streams:
         with (
             tempfile.TemporaryDirectory(prefix="liverank-bench-") as folder,
@@ -108,7 +102,9 @@ def run_serve(plan: Plan = DEFAULT) -> int:
             batches.append(_rank_batch(servers[OURS], as_batches(requests, BATCH_VIEWERS), n, textbook_cpu_ms, plan))
             if n == plan.headline[0]:
                 open_rows = _open_loop(servers, asked, cells[plan.headline[1]], plan)
-    result = _result(plan, rows, batches, open_rows) | {"edges": edges}
+                ranked = with_ranker(servers, asked, n, plan.concurrency, plan.rounds, plan.seconds)
+    result = _result(plan, rows, batches, open_rows) | {"edges": edges, "with_ranker": ranked}
+    result["errors"] += ranked["errors"]
     result |= _where(load_before, time.monotonic() - begun_s)
     print_result(result)
     return 1 if result["errors"] else 0
@@ -120,47 +116,33 @@ def _rank(servers: dict[str, Contestant], requests: list[bytes], n: int, c: int,
     turns: dict[str, list[Turn]] = {name: [] for name in names}
     for _ in range(plan.rounds):
         for name in names:
-            turns[name].append(_turn(servers[name], servers[name].rank, requests, c, plan.seconds))
+            turns[name].append(take_turn(servers[name], servers[name].rank, requests, c, plan.seconds))
     row: dict[str, Any] = {"streams": n, "concurrency": c}
-    row |= {name: _summary(turns[name]) for name in names}
-    row["ceiling_cpu_ratio"] = _ratio(turns[OURS], turns[CONSTANT])
-    row["threads_cpu_ratio"] = _ratio(turns[OURS], turns[THREADS])
-    row["speedup"] = _ratio(turns[TEXTBOOK], turns[OURS])
+    row |= {name: summary(turns[name]) for name in names}
+    row["ceiling_cpu_ratio"] = cpu_ratio(turns[OURS], turns[CONSTANT])
+    row["threads_cpu_ratio"] = cpu_ratio(turns[OURS], turns[THREADS])
+    row["speedup"] = cpu_ratio(turns[TEXTBOOK], turns[OURS])
     if TEXTBOOK_LEAN in turns:
-        row["speedup_lean"] = _ratio(turns[TEXTBOOK_LEAN], turns[OURS])
+        row["speedup_lean"] = cpu_ratio(turns[TEXTBOOK_LEAN], turns[OURS])
     return row
-
-
-def _turn(
-    contestant: Contestant, ask: Ask, requests: list[bytes], callers: int, seconds: float, slates: int = 1
-) -> Turn:
-    with contestant.awake():
-        closed_loop(ask, requests, callers, min(WARM_UP_S, seconds))
-        used_s, own_s = contestant.cpu_s, time.process_time()
-        load = closed_loop(ask, requests, callers, seconds)
-        used_s, own_s = contestant.cpu_s - used_s, time.process_time() - own_s
-    if not load.answered:
-        raise RuntimeError(f"{contestant.name}: no call was answered: {load.errors}")
-    replies = load.answered * slates
-    return Turn(load, max(used_s, CPU_RESOLUTION_S) * 1000 / replies, own_s * 1000 / replies)
 
 
 def _rank_batch(ours: Contestant, requests: list[bytes], n: int, textbook_cpu_ms: float, plan: Plan) -> dict[str, Any]:
     """RankBatch of ours; per slate, against what the textbook server spends on a Rank."""
     turns = [
-        _turn(ours, ours.rank_batch, requests, BATCH_CALLERS, plan.seconds, slates=BATCH_VIEWERS)
+        take_turn(ours, ours.rank_batch, requests, BATCH_CALLERS, plan.seconds, slates=BATCH_VIEWERS)
         for _ in range(plan.rounds)
     ]
-    cpu_ms = _median(t.cpu_ms for t in turns)
+    cpu_ms = median(t.cpu_ms for t in turns)
     return {
         "streams": n,
         "viewers_per_call": BATCH_VIEWERS,
         "concurrency": BATCH_CALLERS,
-        "slates_per_s": round(_median(t.load.per_s * BATCH_VIEWERS for t in turns)),
+        "slates_per_s": round(median(t.load.per_s * BATCH_VIEWERS for t in turns)),
         "cpu_ms_per_slate": round(cpu_ms, 4),
-        "call_p50_ms": round(_median(t.load.p50_ms for t in turns), 2),
+        "call_p50_ms": round(median(t.load.p50_ms for t in turns), 2),
         "batch_speedup": round(textbook_cpu_ms / cpu_ms, 3),
-        "errors": _errors(t.load for t in turns),
+        "errors": errors_of(t.load for t in turns),
     }
 
 
@@ -171,10 +153,10 @@ def _behind_edges(servers: dict[str, Contestant], requests: list[bytes], plan: P
     for _ in range(plan.rounds):
         with edged.awake():
             engine_s, all_s = edged.engine_cpu_s, edged.cpu_s
-            turns.append(_turn(edged, edged.rank, requests, callers, plan.seconds))
+            turns.append(take_turn(edged, edged.rank, requests, callers, plan.seconds))
         with edged.awake():
             shares.append((edged.engine_cpu_s - engine_s) / max(edged.cpu_s - all_s, CPU_RESOLUTION_S))
-    return _summary(turns) | {"edges": EDGES, "engine_share": round(_median(shares), 3)}
+    return summary(turns) | {"edges": EDGES, "engine_share": round(median(shares), 3)}
 
 
 def _open_loop(
@@ -193,13 +175,13 @@ def _open_loop(
         {
             "server": name,
             "arrivals_per_s": round(rate),
-            "achieved_per_s": round(_median(r.per_s for r in seen)),
-            "p50_ms": round(_median(r.p50_ms for r in seen), 2),
-            "p90_ms": round(_median(r.percentile_ms(90) for r in seen), 2),
-            "p99_ms": round(_median(r.p99_ms for r in seen), 2),
+            "achieved_per_s": round(median(r.per_s for r in seen)),
+            "p50_ms": round(median(r.p50_ms for r in seen), 2),
+            "p90_ms": round(median(r.percentile_ms(90) for r in seen), 2),
+            "p99_ms": round(median(r.p99_ms for r in seen), 2),
             "max_ms": round(max(r.percentile_ms(100) for r in seen), 2),
             "unsent": sum(r.unsent for r in seen),
-            "errors": _errors(seen),
+            "errors": errors_of(seen),
         }
         for (name, rate), seen in zip(cases, runs, strict=True)
     ]
@@ -269,31 +251,3 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
-
-
-def _summary(turns: list[Turn]) -> dict[str, Any]:
-    return {
-        "rps": round(_median(t.load.per_s for t in turns)),
-        "cpu_ms_per_reply": round(_median(t.cpu_ms for t in turns), 4),
-        "p50_ms": round(_median(t.load.p50_ms for t in turns), 2),
-        "p99_ms": round(_median(t.load.p99_ms for t in turns), 2),
-        "client_cpu_ms_per_reply": round(_median(t.client_cpu_ms for t in turns), 4),
-        "errors": _errors(t.load for t in turns),
-    }
-
-
-def _ratio(dividend: list[Turn], divisor: list[Turn]) -> float:
-    """Median over rounds of CPU per reply ÷ CPU per reply."""
-    return round(_median(a.cpu_ms / b.cpu_ms for a, b in zip(dividend, divisor, strict=True)), 3)
-
-
-def _median(values: Iterable[float]) -> float:
-    return statistics.median(values)
-
-
-def _errors(loads: Iterable[LoadReport]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for load in loads:
-        for code, count in load.errors.items():
-            found[code] = found.get(code, 0) + count
-    return found

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.bench.contestants import CONSTANT, OURS, TEXTBOOK, THREADS
+from loadtest.bench.contestants import CONSTANT, OURS, OURS_RANKED, TEXTBOOK, TEXTBOOK_RANKED, THREADS
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -24,6 +24,7 @@ def print_result(result: dict[str, Any]) -> None:
             highlight=False,
         )
     console.print(_open_loop(result))
+    console.print(_with_ranker(result["with_ranker"]))
     console.print(
         f"CPU is the server's, ms per reply. Floor: {result['floor']}. {result['machine']}, commit "
         f"{result['commit']}; the client {result['client']}; load average before: {result['load_average_before']}.",
@@ -74,5 +75,29 @@ def _open_loop(result: dict[str, Any]) -> Table:
             row["server"], f"{row['arrivals_per_s']:,}", f"{row['achieved_per_s']:,}",
             *(f"{row[key]:.1f}" for key in ("p50_ms", "p90_ms", "p99_ms", "max_ms")),
             str(row["unsent"]), str(row["errors"] or ""),
+        )  # fmt: skip
+    return table
+
+
+def _with_ranker(result: dict[str, Any]) -> Table:
+    alone = ", ".join(f"{viewers}: {ms:.3f}" for viewers, ms in result["model_cpu_ms_per_viewer"].items())
+    table = Table(
+        title=f"A model viewer x stream per request, {result['streams']:,} live, {result['candidates']} candidates. "
+        f"The model alone, CPU ms per viewer by viewers per call: {alone}"
+    )
+    for title in (
+        "callers", "ours/s", "CPU", "p50", "p99", "by the model", "grpcio's", "goal", "ours ÷ goal", "textbook/s",
+        "CPU", "p50", "p99", "textbook ÷ ours",
+    ):  # fmt: skip
+        table.add_column(title, justify="right")
+    for row in result["rows"]:
+        ours, textbook = row[OURS_RANKED], row[TEXTBOOK_RANKED]
+        table.add_row(
+            str(row["concurrency"]),
+            f"{ours['rps']:,}", f"{ours['cpu_ms_per_reply']:.3f}", f"{ours['p50_ms']:.1f}", f"{ours['p99_ms']:.1f}",
+            f"{row['by_model']:.1%}", f"{row[THREADS]['cpu_ms_per_reply']:.3f}",
+            f"{row['goal_cpu_ms_per_reply']:.3f}", f"{row['over_goal']:.2f}",
+            f"{textbook['rps']:,}", f"{textbook['cpu_ms_per_reply']:.3f}",
+            f"{textbook['p50_ms']:.1f}", f"{textbook['p99_ms']:.1f}", f"{row['speedup']:.2f}",
         )  # fmt: skip
     return table

@@ -8,6 +8,8 @@ It does for a request what liverank does: personal candidates of the eligible, t
 and language, fresh ones; scores, blend, caps per creator and category, MMR, exploration, a last check with back-fill
 from a reserve. It does none of what liverank does beside that: no events, no ticks, no features computed (they stand
 ready), nothing that expires. ``--lean``: less, namely 500 personal candidates in order of utility and the creator cap.
+``--ranker``: the model viewer x stream for the best candidates of each request, as liverank asks it; what streams trend
+is then worked out once, at start.
 """
 
 from __future__ import annotations
@@ -27,16 +29,20 @@ from liverank.v1 import ranking_pb2 as pb
 from liverank.v1 import ranking_pb2_grpc as pb_grpc
 from numpy.typing import NDArray
 
-from loadtest.bench.catalogue import LANGUAGES, LIMIT, make_catalogue, stream_id
+from loadtest.bench.catalogue import CATEGORIES, LANGUAGES, LIMIT, make_catalogue, stream_id
 from loadtest.bench.child import announce
 from loadtest.processes import ROOT
+from server.scoring.ranker_schema import CODE_BUCKETS, NEUTRAL_POSITION, SEQUENCE, SEQUENCE_META, bucket_of
 
-MODEL = ROOT / "model_repository" / "trendiness" / "1" / "model.onnx"
+MODELS = ROOT / "model_repository"
 LEAN_CANDIDATES = 500
 PERSONAL, TRENDING, PER_GROUP, FRESH = 200, 200, 20, 50
 """Candidates per source: our defaults."""
 CREATOR_CAP, CATEGORY_SHARE, EXPLORE, RESERVE = 2, 0.5, 4, 20
 TREND_WEIGHT, SIMILARITY_WEIGHT = 1.0, 0.5
+RANKED = 200
+HEAD_WEIGHTS = np.array([0.5, 1.0, 2.0, -5.0], np.float32)
+"""Ours by default: candidates that the ranker is asked about, and what its heads weigh."""
 DIVERSITY = 0.15
 MMR_CANDIDATES = 200
 FRESH_BIT, CATEGORY_BIT, LANGUAGE_BIT, TRENDING_BIT = 32, 4, 8, 2
@@ -60,7 +66,7 @@ class View:
 class Textbook(pb_grpc.RankingServicer):
     """N streams that never change."""
 
-    def __init__(self, streams: int, lean: bool, seed: int = 0) -> None:
+    def __init__(self, streams: int, lean: bool, ranker: bool = False, seed: int = 0) -> None:
         faiss.omp_set_num_threads(1)
         catalogue = make_catalogue(streams, seed=seed)
         self._embedding = catalogue.embedding / np.linalg.norm(catalogue.embedding, axis=1, keepdims=True)
@@ -71,13 +77,19 @@ class Textbook(pb_grpc.RankingServicer):
         self._lean = lean
         self._live = np.ones(streams, np.bool_)
         self._lease_expires_ms = np.full(streams, int(time.time() * 1000) + LEASE_MS)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self._model = onnxruntime.InferenceSession(str(MODEL), options, providers=["CPUExecutionProvider"])
+        self._model = one_thread("trendiness")
         width = self._model.get_inputs()[0].shape[1]
         rng = np.random.default_rng(seed)
         self._features = rng.lognormal(1.0, 1.5, (streams, width)).astype(np.float32)
-        self._by_trend = np.argsort(-self._model.run(["trend"], {"features": self._features})[0])
+        self._trend = self._model.run(["trend"], {"features": self._features})[0]
+        self._by_trend = np.argsort(-self._trend)
+        self._ranker = one_thread("ranker") if ranker else None
+        names = (
+            [LANGUAGES[i] for i in self._language.tolist()],
+            [CATEGORIES[i] for i in self._category.tolist()],
+            [f"creator-{i}" for i in self._creator.tolist()],
+        )
+        self._codes = np.stack([bucket_of(*pair) for pair in zip(names, CODE_BUCKETS, strict=True)], axis=1)
         self._fresh = rng.permutation(streams)[: max(FRESH, streams // 12)]
         self._rng = rng
         self._views: dict[tuple[str, ...], View] = {}
@@ -90,8 +102,14 @@ class Textbook(pb_grpc.RankingServicer):
         view = self._view(tuple(request.languages))
         rows, sources, similarity = self._personal(query, view) if self._lean else self._candidates(query, view)
         retrieved_s = time.perf_counter()
-        trend = self._model.run(["trend"], {"features": self._features[rows]})[0]
+        if self._ranker is None:
+            trend = self._model.run(["trend"], {"features": self._features[rows]})[0]
+        else:
+            trend = self._trend[rows]
         utility = TREND_WEIGHT * trend + SIMILARITY_WEIGHT * np.maximum(similarity, 0)
+        if self._ranker is not None:
+            best = np.argpartition(utility, -RANKED)[-RANKED:] if len(rows) > RANKED else np.arange(len(rows))
+            utility[best] += self._heads(self._ranker, query, rows[best]) @ HEAD_WEIGHTS
         blended_s = time.perf_counter()
         limit = request.limit or LIMIT
         if self._lean:
@@ -160,6 +178,25 @@ class Textbook(pb_grpc.RankingServicer):
             np.concatenate((sources, np.ones(int(new.sum()), np.uint32))),
             np.concatenate((view.vectors @ query, similarity[new])),
         )
+
+    def _heads(
+        self, ranker: onnxruntime.InferenceSession, query: NDArray[np.float32], rows: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """float32[k, 4]: chances of click, watch, purchase, report of streams ``rows`` for a viewer without a past."""
+        n = len(rows)
+        asked = {
+            "stream_features": self._features[rows],
+            "stream_missing": np.zeros((n, self._features.shape[1]), np.float32),
+            "stream_embedding": self._embedding[rows],
+            "codes": self._codes[rows],
+            "position": np.full((n, 1), NEUTRAL_POSITION, np.float32),
+            "viewer_of": np.zeros(n, np.int64),
+            "viewer_embedding": query[None, :],
+            "sequence_embedding": np.zeros((1, SEQUENCE, len(query)), np.float32),
+            "sequence_meta": np.zeros((1, SEQUENCE, len(SEQUENCE_META)), np.float32),
+        }
+        heads: NDArray[np.float32] = ranker.run(["heads"], asked)[0]
+        return heads
 
     def _best(self, rows: NDArray[np.int64], utility: NDArray[np.float32], limit: int) -> list[int]:
         """Indices of candidates, best first, at most CREATOR_CAP per creator."""
@@ -243,12 +280,21 @@ class Textbook(pb_grpc.RankingServicer):
         return reply
 
 
-async def serve(streams: int, lean: bool, port_file: Path) -> None:
+def one_thread(name: str) -> onnxruntime.InferenceSession:
+    """Version 1 of a model of the repository."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(
+        str(MODELS / name / "1" / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+
+
+async def serve(streams: int, lean: bool, ranker: bool, port_file: Path) -> None:
     """Serves until SIGTERM."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    pb_grpc.add_RankingServicer_to_server(Textbook(streams, lean), server)
+    pb_grpc.add_RankingServicer_to_server(Textbook(streams, lean, ranker), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     announce(port_file, port)
@@ -260,6 +306,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, required=True)
     parser.add_argument("--lean", action="store_true", help="fewer sources, no MMR, no exploration")
+    parser.add_argument("--ranker", action="store_true", help="with the model viewer x stream")
     parser.add_argument("--port-file", type=Path, required=True, help="written with the bound port once serving")
     given = parser.parse_args()
-    asyncio.run(serve(given.streams, given.lean, given.port_file))
+    asyncio.run(serve(given.streams, given.lean, given.ranker, given.port_file))

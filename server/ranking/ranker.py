@@ -70,11 +70,11 @@ class RankerStage:
         Args:
             quality: share of the candidates to ask about, see `Pipeline.rank`; never fewer than a slate has places.
         """
-        rows, columns = self._chosen(batch, candidates, quality)
+        rows, columns = self.chosen(batch, candidates, quality)
         self._per_viewer += _OF_A_BATCH * (len(rows) / len(batch) - self._per_viewer)
         if not len(rows):
             return None
-        call = self._caller.start(self._inputs(batch, candidates.slots[rows, columns], rows, now_ms))
+        call = self._caller.start(self.inputs(batch, candidates.slots[rows, columns], rows, now_ms))
         return Asked(call, rows, columns, self._streams.session[candidates.slots])
 
     def answer(self, asked: Asked, batch: QueryBatch, candidates: Candidates) -> tuple[Candidates, RankedBy]:
@@ -100,8 +100,8 @@ class RankerStage:
         told[asked.rows, asked.columns] = values
         return replace(candidates, utility=utility, heads=told), by
 
-    def _chosen(
-        self, batch: QueryBatch, candidates: Candidates, quality: float
+    def chosen(
+        self, batch: QueryBatch, candidates: Candidates, quality: float = 1.0
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows and columns of the candidates to ask about, row by row."""
         weighted: NDArray[np.bool_] = (batch.head_weights != 0).any(axis=1)
@@ -116,9 +116,8 @@ class RankerStage:
         rows, columns = np.nonzero(wanted)
         return rows, columns
 
-    def _inputs(
-        self, batch: QueryBatch, slots: NDArray[np.int32], rows: NDArray[np.int64], now_ms: int
-    ) -> RankerInputs:
+    def inputs(self, batch: QueryBatch, slots: NDArray[np.int32], rows: NDArray[np.int64], now_ms: int) -> RankerInputs:
+        """What the model is told of streams ``slots`` int32[R], each for the viewer in row ``rows`` int64[R]."""
         features, viewers = self._streams.kept, self._table.follower
         assert features is not None
         histories = (

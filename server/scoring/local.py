@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +20,11 @@ from server.scoring.base import Scores
 from server.scoring.model_config import INPUT, OUTPUT, SCHEMA_PARAMETER, check_config, parse_config
 from server.scoring.ort_errors import ORT_ERRORS
 from server.scoring.shapes import checked_features, checked_scores
+from server.scoring.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+_WATCHDOG = Watchdog()
 
 
 @dataclass(frozen=True)
@@ -137,20 +139,15 @@ def run_session(
 ) -> NDArray[np.float32]:
     """Runs the model, and stops it between two of its operators once ``left_s`` seconds are over."""
     options = onnxruntime.RunOptions()
-    expired = threading.Event()
 
-    def expire() -> None:
-        expired.set()
+    def stop() -> None:
         options.terminate = True
 
-    timer = threading.Timer(max(left_s, 0.0), expire)
-    timer.start()
-    try:
-        values: NDArray[np.float32] = session.run([output], inputs, options)[0]
-    except ORT_ERRORS as error:
-        if expired.is_set():
-            raise ScorerTimeout(f"{label} was stopped at the deadline") from error
-        raise BadScores(f"{label}: {error}") from error
-    finally:
-        timer.cancel()
+    with _WATCHDOG.watching(time.monotonic() + left_s, stop) as watch:
+        try:
+            values: NDArray[np.float32] = session.run([output], inputs, options)[0]
+        except ORT_ERRORS as error:
+            if watch.expired:
+                raise ScorerTimeout(f"{label} was stopped at the deadline") from error
+            raise BadScores(f"{label}: {error}") from error
     return values

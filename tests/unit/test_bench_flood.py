@@ -17,6 +17,7 @@ from loadtest.bench.flood import Flooder, FloodError
 from loadtest.faults.http2 import GOAWAY, SETTINGS, frame
 
 PATH = "/test.Service/Ask"
+LONG_S = 20.0  # a busy machine sends late, and this client then sends all the same
 LARGE = b"x" * 100_000  # more than the first window of a connection, and many frames
 PAYLOADS = [b"ok", b"large", b"degraded", b"shed 70", b"shed 1200", b"no hint", b"wrong"]
 
@@ -73,7 +74,7 @@ def test_it_counts_the_same_statuses_hints_and_degraded_replies_as_grpcs_own_cli
     calls = 10 * len(PAYLOADS)
     with served(answer) as address:
         with closing(Flooder(address, PAYLOADS, PATH)) as flooder:
-            told = flooder.run(200.0, calls / 200.0)
+            told = flooder.run(200.0, calls / 200.0, LONG_S)
         theirs, hints, degraded = Counter[str](), [], 0
         with grpc.insecure_channel(address) as channel:
             ask = channel.unary_unary(PATH)
@@ -95,7 +96,7 @@ def test_it_goes_on_beyond_the_windows_that_a_connection_begins_with() -> None:
         served(lambda request, context: LARGE) as address,
         closing(Flooder(address, [b"q" * 8_192], PATH, 1)) as flooder,
     ):
-        told = flooder.run(1_000.0, 0.2)
+        told = flooder.run(1_000.0, 0.2, LONG_S)
     assert (told["sent"], len(told["latencies_ms"]), told["errors"]) == (200, 200, {})
 
 
@@ -109,7 +110,7 @@ def test_while_the_server_stalls_calls_are_due_all_the_same_and_wait_from_then()
 
     with served(stalled, threads=1) as address, closing(Flooder(address, [b"q"], PATH)) as flooder:
         timer.start()
-        told = flooder.run(200.0, 0.3)
+        told = flooder.run(200.0, 0.3, LONG_S)
     assert told["sent"] == 60
     assert sum(ms > 90 for ms in told["latencies_ms"]) == 60, "a closed loop would have one slow call"
     assert max(told["latencies_ms"]) > 350
