@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
@@ -57,6 +58,12 @@ class Graph:
         """``layer`` on the last axis of ``x``."""
         product = self("MatMul", x, self.constant(layer.weight.detach().numpy().T.copy()))
         return product if layer.bias is None else self("Add", product, self.constant(layer.bias.detach().numpy()))
+
+    def side_by_side(self, x: str, layers: Iterable[nn.Module]) -> str:
+        """Linear layers with biases on the last axis of ``x``, their outputs one after the other: one product."""
+        weights, biases = zip(*((layer.weight.detach(), layer.bias.detach()) for layer in layers), strict=True)
+        product = self("MatMul", x, self.constant(torch.cat(weights).numpy().T.copy()))
+        return self("Add", product, self.constant(torch.cat(biases).numpy()))
 
     def sum_last(self, x: str) -> str:
         """Sums over the last axis, which stays as 1."""

@@ -146,9 +146,11 @@ class Ranker(nn.Module):
             dim=-1,
         )  # fmt: skip
         experts = torch.stack([expert(together) for expert in self.experts], dim=1)
-        weights = torch.softmax(torch.stack([gate(together) for gate in self.gates], dim=1), dim=-1)
-        mixed = torch.matmul(weights, experts)  # [R, TASKS, expert]
-        return torch.cat([tower(mixed[:, task]) for task, tower in enumerate(self.towers)], dim=-1)
+        found = []
+        for gate, tower in zip(self.gates, self.towers, strict=True):
+            weights = torch.softmax(gate(together), dim=-1).unsqueeze(-1)
+            found.append(tower((weights * experts).sum(1)))
+        return torch.cat(found, dim=-1)
 
     def forward(
         self,
@@ -175,16 +177,15 @@ class Ranker(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the viewer did with streams like this one: float32[R, width], and how like the likest was [R, 1].
 
-        Keys and values are computed once per viewer, before the gather. Zero for a viewer without a history. Sums of
-        products are written as products of small matrices: as products and a sum they would cost half of the model.
+        Keys and values are computed once per viewer, before the gather. Zero for a viewer without a history.
         """
         visited = torch.cat([sequence_embedding, sequence_meta], dim=-1)
         keys, values = self.key(visited)[viewer_of], self.value(visited)[viewer_of]
         valid = sequence_meta[..., -1][viewer_of]
-        scores = torch.matmul(keys, self.query(stream).unsqueeze(-1)).squeeze(-1) * self.shape.width**-0.5
+        scores = (self.query(stream).unsqueeze(1) * keys).sum(-1) * self.shape.width**-0.5
         scores = scores * valid + (valid - 1.0) * PADDED
         weights = torch.softmax(scores, dim=-1) * valid
-        return torch.matmul(weights.unsqueeze(1), values).squeeze(1), scores.amax(-1, keepdim=True).clamp(min=-10.0)
+        return (weights.unsqueeze(-1) * values).sum(1), scores.amax(-1, keepdim=True).clamp(min=-10.0)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""The ranker as ONNX. Mirrors `models.ranker` node by node; `models.repository.check_graph` proves that they agree."""
+"""The ranker as ONNX: what `models.ranker` computes, as `models.repository.check_graph` proves.
+
+Sums of products are products of small matrices here: as broadcast products and sums they took half of the time.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,11 @@ def ranker_graph(model: Ranker, feature_schema: str) -> onnx.ModelProto:
     )  # fmt: skip
     experts = [g("Unsqueeze", _sequential(g, together, expert), g.constant([1])) for expert in model.experts]
     stacked = g("Concat", *experts, axis=1)
-    found = []
-    for gate, tower in zip(model.gates, model.towers, strict=True):
-        weights = g("Unsqueeze", g("Softmax", g.linear(together, gate), axis=-1), g.constant([-1]))
-        mixed = g("ReduceSum", g("Mul", weights, stacked), g.constant([1]), keepdims=0)
-        found.append(_sequential(g, mixed, tower))
+    gates = g("Reshape", g.side_by_side(together, model.gates), g.constant([-1, len(TASKS), model.shape.experts]))
+    mixed = g("MatMul", g("Softmax", gates, axis=-1), stacked)  # [R, TASKS, expert]
+    found = [
+        _sequential(g, g("Gather", mixed, g.constant(task), axis=1), tower) for task, tower in enumerate(model.towers)
+    ]
     logits = g("Concat", *found, axis=-1)
     calibrated = g(
         "Add", g("Mul", logits, g.constant(model.slope.numpy())), g.constant(model.offset.numpy())
@@ -84,13 +87,13 @@ def _attention(g: Graph, model: Ranker, stream: str, viewer_of: str, embedding: 
     keys = g("Gather", g.linear(visited, model.key), viewer_of, axis=0)
     values = g("Gather", g.linear(visited, model.value), viewer_of, axis=0)
     valid = g("Gather", g("Gather", meta, g.constant(3), axis=2), viewer_of, axis=0)
-    query = g("Unsqueeze", g.linear(stream, model.query), g.constant([1]))
-    products = g("ReduceSum", g("Mul", query, keys), g.constant([-1]), keepdims=0)
+    query = g("Unsqueeze", g.linear(stream, model.query), g.constant([2]))
+    products = g("Squeeze", g("MatMul", keys, query), g.constant([2]))
     scores = g("Mul", products, g.constant(model.shape.width**-0.5))
     padding = g("Mul", g("Sub", valid, g.constant(1.0)), g.constant(PADDED))
     scores = g("Add", g("Mul", scores, valid), padding)
-    weights = g("Unsqueeze", g("Mul", g("Softmax", scores, axis=-1), valid), g.constant([-1]))
-    remembered = g("ReduceSum", g("Mul", weights, values), g.constant([1]), keepdims=0)
+    weights = g("Unsqueeze", g("Mul", g("Softmax", scores, axis=-1), valid), g.constant([1]))
+    remembered = g("Squeeze", g("MatMul", weights, values), g.constant([1]))
     return remembered, g("Max", g("ReduceMax", scores, axes=[-1], keepdims=1), g.constant(-10.0))
 
 

@@ -18,6 +18,7 @@ from kernels.event_arrow import COLUMNS, N_DESCRIBED, decode_columns, text_bytes
 from kernels.event_rows import pack_names
 from kernels.exposures import count_exposures
 from kernels.idmap import hash_ids, pack_ids
+from kernels.ranker_rows import StreamRows, add_heads, best_of_rows, gather_streams
 from kernels.rings import lay_messages
 from kernels.unit import to_unit
 from server.clock import ManualClock
@@ -36,7 +37,7 @@ from server.rpc.encode import encode_replies
 from server.rules.rulebook import RuleBook
 from server.scoring.ladder import Level
 from server.scoring.ranker import RankerCaller
-from server.scoring.ranker_schema import empty_inputs
+from server.scoring.ranker_schema import CODES, HEADS, empty_inputs
 from server.viewers.table import ViewerTable
 from server.world import build_world
 
@@ -99,8 +100,21 @@ def compile_kernels(settings: Settings, features: FeatureSet, book: RuleBook, ba
         for slates in (pipeline.rank(batch), pipeline.popular(batch)):
             count_exposures(streams.exposures, slates.slots)
             _into_a_ring(encode_replies(slates, state, table, 0.0))
+    if settings.ranker.model:
+        _compile_ranker_rows(settings, len(features))
     explain(table, streams, features, pipeline, _queries(settings, 1)[0], "s1", 0)
     to_unit(np.ones(settings.table.embedding_dim, np.float32))  # of the first request that brings an embedding
+
+
+def _compile_ranker_rows(settings: Settings, n_features: int) -> None:
+    """What the ranker is asked, and what it adds."""
+    utility, slots = np.zeros((1, 2), np.float32), np.zeros((1, 2), np.int32)
+    rows, columns = best_of_rows(utility, slots, np.ones(1, np.bool_), 1)
+    values, states = np.zeros((1, n_features), np.float32), np.zeros((1, n_features), np.uint8)
+    embedding = np.zeros((1, settings.table.embedding_dim), np.float32)
+    gather_streams(slots[0], StreamRows(values, states, embedding, np.zeros((1, len(CODES)), np.int64)))
+    heads = np.zeros((len(rows), len(HEADS)), np.float32)
+    add_heads(utility, rows, columns, heads, np.zeros((1, len(HEADS)), np.float32))
 
 
 def _into_a_ring(replies: Replies) -> None:

@@ -95,8 +95,8 @@ def explain(
         scores["similarity"] = (float(candidates.similarity[0, column]), 0)
         scores["utility"] = (float(candidates.utility[0, column]), 0)
         if candidates.heads is not None:
-            heads = candidates.heads[0, column].tolist()
-            scores |= {f"ranker.{name}": (value, 0) for name, value in zip(HEADS, heads, strict=True)}
+            heads = zip(HEADS, candidates.heads.of(0, column), strict=True)
+            scores |= {f"ranker.{name}": (value, 0) for name, value in heads}
     return Explanation(
         epoch=int(columns.epoch[slot]),
         state=STATE_NAMES[int(columns.state[slot])],

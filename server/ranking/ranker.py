@@ -20,13 +20,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.ranker_rows import StreamRows, add_heads, best_of_rows, gather_streams
 from server.live.accumulators import HostAccumulators
 from server.live.table import LiveTable
-from server.ranking.slates import Candidates, RankedBy
+from server.ranking.slates import Candidates, Heads, RankedBy
 from server.retrieval.query import QueryBatch
 from server.retrieval.streams import StreamState
 from server.scoring.ranker import RankerCall, RankerCaller
-from server.scoring.ranker_schema import CODES, HEADS, NEUTRAL_POSITION, RankerInputs, missing_of
+from server.scoring.ranker_schema import CODES, NEUTRAL_POSITION, RankerInputs
 from server.viewers.table import ViewerTable, codes_of, empty_histories
 
 _OF_A_BATCH = 0.1
@@ -90,46 +91,34 @@ class RankerStage:
         by = RankedBy("" if heads is None else heads.model_version, problem, int(np.count_nonzero(gone)))
         if heads is None:
             return candidates, by
-        weights, values = batch.head_weights[asked.rows], heads.values
-        value = np.zeros(len(values), np.float32)
-        for head in range(len(HEADS)):  # in a fixed order, so that equal heads give equal sums
-            value += weights[:, head] * values[:, head]
-        utility = candidates.utility.copy()
-        utility[asked.rows, asked.columns] += value
-        told = np.full((*slots.shape, len(HEADS)), np.nan, np.float32)
-        told[asked.rows, asked.columns] = values
-        return replace(candidates, utility=utility, heads=told), by
+        utility = add_heads(candidates.utility, asked.rows, asked.columns, heads.values, batch.head_weights)
+        return replace(candidates, utility=utility, heads=Heads(asked.rows, asked.columns, heads.values)), by
 
     def chosen(
         self, batch: QueryBatch, candidates: Candidates, quality: float = 1.0
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows and columns of the candidates to ask about, row by row."""
         weighted: NDArray[np.bool_] = (batch.head_weights != 0).any(axis=1)
-        wanted = (candidates.slots >= 0) & weighted[:, None]
         most = min(self._most, max(int(batch.limits.max()), math.ceil(quality * self._most)))
-        if candidates.slots.shape[1] > most:
-            utility = np.where(wanted & np.isfinite(candidates.utility), candidates.utility, -np.inf)
-            best = np.argpartition(utility, -most, axis=1)[:, -most:]
-            among = np.zeros(wanted.shape, np.bool_)
-            np.put_along_axis(among, best, True, axis=1)
-            wanted &= among
-        rows, columns = np.nonzero(wanted)
-        return rows, columns
+        return best_of_rows(candidates.utility, candidates.slots, weighted, most)
 
     def inputs(self, batch: QueryBatch, slots: NDArray[np.int32], rows: NDArray[np.int64], now_ms: int) -> RankerInputs:
         """What the model is told of streams ``slots`` int32[R], each for the viewer in row ``rows`` int64[R]."""
         features, viewers = self._streams.kept, self._table.follower
         assert features is not None
+        self._look_up_codes(slots)
+        embedding = self._table.columns.embedding
+        streams = gather_streams(slots, StreamRows(features.values, features.states, embedding, self._codes))
         histories = (
             viewers.histories(batch.viewer_hash, now_ms)
             if isinstance(viewers, ViewerTable)
             else empty_histories(*batch.queries.shape)
         )
         return RankerInputs(
-            stream_features=features.values[slots],
-            stream_missing=missing_of(features.states[slots]),
-            stream_embedding=self._table.columns.embedding[slots],
-            codes=self._codes_for(slots),
+            stream_features=streams.values,
+            stream_missing=streams.missing,
+            stream_embedding=streams.embedding,
+            codes=streams.codes,
             position=np.full((len(slots), 1), NEUTRAL_POSITION, np.float32),
             viewer_of=rows,
             viewer_embedding=batch.queries,
@@ -137,10 +126,10 @@ class RankerStage:
             sequence_meta=histories.meta,
         )
 
-    def _codes_for(self, slots: NDArray[np.int32]) -> NDArray[np.int64]:
-        """int64[R, 3]; computed once per change of a row's names."""
-        stale = np.unique(slots[self._codes_of[slots] != self._identity[slots]])
-        if len(stale):
+    def _look_up_codes(self, slots: NDArray[np.int32]) -> None:
+        """Codes of these streams; once per change of a row's names."""
+        changed = self._codes_of[slots] != self._identity[slots]
+        if changed.any():
+            stale = np.unique(slots[changed])
             self._codes[stale] = codes_of(self._table, stale)
             self._codes_of[stale] = self._identity[stale]
-        return self._codes[slots]

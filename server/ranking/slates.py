@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,26 @@ class StageTimes:
     verify_us: int = 0
 
 
+class Heads(NamedTuple):
+    """The ranker's answer, float32[R, 4], to candidates in rows int64[R] and columns int64[R]."""
+
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+    def of(self, row: int, column: int) -> list[float]:
+        """Of one candidate; NaN where it was not asked."""
+        (at,) = np.nonzero((self.rows == row) & (self.columns == column))
+        return self.values[at[0]].tolist() if len(at) else [float("nan")] * self.values.shape[1]
+
+
 @dataclass(frozen=True)
 class Candidates:
     """B x K candidates as they were scored; what Explain and the exposure record read.
 
     slots int32[B, K] (-1 padding), sources uint32[B, K], counts int32[B], excluded int32[B] (dropped
-    because the request excludes them), utility and similarity float32[B, K]. heads float32[B, K, 4]: the ranker's
-    answer, NaN where it was not asked; None without one.
+    because the request excludes them), utility and similarity float32[B, K]. heads: the ranker's answer; None
+    without one.
     """
 
     slots: NDArray[np.int32]
@@ -38,7 +52,7 @@ class Candidates:
     excluded: NDArray[np.int32]
     utility: NDArray[np.float32]
     similarity: NDArray[np.float32]
-    heads: NDArray[np.float32] | None = None
+    heads: Heads | None = None
 
 
 @dataclass(frozen=True)

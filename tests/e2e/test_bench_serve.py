@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,15 +20,20 @@ from loadtest.bench.contestants import (
     BEHIND_EDGES,
     CONSTANT,
     OURS,
+    OURS_RANKED,
     TEXTBOOK,
     TEXTBOOK_LEAN,
+    TEXTBOOK_RANKED,
     THREADS,
     Contestant,
     contestants,
 )
 from loadtest.bench.serve import DEFAULT, QUICK, plan_from
-from loadtest.bench.textbook import Textbook
+from loadtest.bench.textbook import HEAD_WEIGHTS, RANKED, Textbook
 from server.__main__ import main
+from server.config import RankerSettings, RankSettings
+from server.rules.rulebook import RuleBook
+from tests.app import FEATURES
 
 STREAMS = 300
 
@@ -68,6 +74,13 @@ def test_the_quick_form_prints_tables_then_one_line_of_json(
     assert [(row["streams"], row["concurrency"]) for row in said["rows"]] == [(STREAMS, 1), (STREAMS, 4)]
     assert [row["server"] for row in said["open_loop"]] == [OURS, TEXTBOOK, OURS]
     assert said["commit"] and said["machine"] and said["client"] and said["floor"]
+    ranked = said["with_ranker"]
+    best = ranked["model_cpu_ms_per_viewer"][str(ranked["best_viewers_per_call"])]
+    assert best == min(ranked["model_cpu_ms_per_viewer"].values()) > 0
+    for row, callers in zip(ranked["rows"], (1, 4), strict=True):
+        assert row["concurrency"] == callers and row["by_model"] > 0.5 and row["speedup"] > 0 and row["over_goal"] > 0
+        goal = row[THREADS]["cpu_ms_per_reply"] + 1.2 * best
+        assert row["goal_cpu_ms_per_reply"] == pytest.approx(goal, rel=0.01)
 
 
 def ask(contestant: Contestant, request: bytes) -> bytes:
@@ -80,7 +93,10 @@ def ask(contestant: Contestant, request: bytes) -> bytes:
 def test_all_servers_answer_valid_replies_of_the_same_size(servers: dict[str, Contestant]) -> None:
     requests = rank_requests(3)
     replies = {name: ask(contestant, as_bytes(requests)[2]) for name, contestant in servers.items()}
-    assert set(replies) == {OURS, BEHIND_EDGES, CONSTANT, THREADS, TEXTBOOK, TEXTBOOK_LEAN}
+    assert set(replies) == {
+        OURS, BEHIND_EDGES, CONSTANT, THREADS, TEXTBOOK, TEXTBOOK_LEAN, OURS_RANKED, TEXTBOOK_RANKED,
+    }  # fmt: skip
+    assert ranking_pb2.RankResponse.FromString(replies[OURS_RANKED]).model_version == "trendiness/1+ranker/1"
     for name, payload in replies.items():
         reply = ranking_pb2.RankResponse.FromString(payload)
         ids = [s.stream_id for s in reply.streams]
@@ -98,7 +114,7 @@ def test_all_servers_answer_valid_replies_of_the_same_size(servers: dict[str, Co
 def test_both_rankers_obey_a_filter(servers: dict[str, Contestant]) -> None:
     request = rank_requests(1)[0]
     wanted = LANGUAGES.index(request.languages[0])
-    for name in (OURS, TEXTBOOK, TEXTBOOK_LEAN):
+    for name in (OURS, TEXTBOOK, TEXTBOOK_LEAN, OURS_RANKED, TEXTBOOK_RANKED):
         reply = ranking_pb2.RankResponse.FromString(ask(servers[name], request.SerializeToString()))
         numbers = [int(s.stream_id.removeprefix("stream-")) for s in reply.streams]
         assert len(numbers) == 50 and {n % len(LANGUAGES) for n in numbers} == {wanted}, name
@@ -125,6 +141,30 @@ def test_the_textbook_server_shows_nothing_that_is_over_and_fills_the_gap() -> N
     textbook._lease_expires_ms[int(first.removeprefix("stream-"))] = 0
     reply = asyncio.run(textbook.Rank(request, None))  # type: ignore[arg-type]
     assert len(reply.streams) == 50 and first not in {s.stream_id for s in reply.streams}
+
+
+class Buyers:
+    """Takes the place of the ranker: everybody buys, for certain."""
+
+    def run(self, outputs: list[str], asked: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        assert outputs == ["heads"] and len(asked["stream_features"]) <= RANKED
+        return [np.tile(np.array([0, 0, 1, 0], np.float32), (len(asked["viewer_of"]), 1))]
+
+
+def test_the_textbook_servers_ranker_counts_as_ours_does_by_default() -> None:
+    surface = RuleBook.load(RankSettings().rules_file, FEATURES.names).surfaces["default"]
+    weights = (surface.click_weight, surface.watch_weight, surface.purchase_weight, -surface.report_weight)
+    assert HEAD_WEIGHTS.tolist() == list(weights) and RankerSettings().candidates == RANKED
+    ranked, plain = Textbook(STREAMS, lean=False, ranker=True), Textbook(STREAMS, lean=False)
+    ranked._ranker = Buyers()
+    request = rank_requests(2)[1]
+    scores: list[dict[str, float]] = []
+    for textbook in (ranked, plain):
+        reply = asyncio.run(textbook.Rank(request, None))  # type: ignore[arg-type]
+        scores.append({stream.stream_id: stream.score for stream in reply.streams})
+    both = scores[0].keys() & scores[1].keys()
+    added = {name: round(scores[0][name] - scores[1][name], 3) for name in both}
+    assert both and set(added.values()) <= {0.0, 2.0} and list(added.values()).count(2.0) > len(both) / 2
 
 
 def test_what_is_not_given_on_the_command_line_is_as_planned() -> None:

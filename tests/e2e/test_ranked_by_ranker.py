@@ -174,7 +174,7 @@ def test_under_pressure_it_is_asked_about_fewer_candidates_but_enough_for_a_slat
         batch = build_batch([query], engine.table, engine.streams.book)
         slates = engine.call(lambda: engine.pipeline.rank(batch, quality)).result(10.0)
         assert slates.candidates is not None and slates.candidates.heads is not None
-        assert np.isfinite(slates.candidates.heads).all(axis=2).sum() == asked
+        assert len(slates.candidates.heads.values) == asked
 
 
 @pytest.mark.parametrize(

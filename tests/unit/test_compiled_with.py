@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from kernels import blend, candidate_order, cosines, eligibility, greedy, topk, topk_int8, vectors, verify
+from kernels import blend, candidate_order, cosines, eligibility, greedy, ranker_rows, topk, topk_int8, vectors, verify
 
 
 def digest(*modules: ModuleType) -> str:
@@ -24,6 +24,7 @@ def digest(*modules: ModuleType) -> str:
         (greedy, (candidate_order, cosines, vectors)),
         (blend, (cosines, vectors)),
         (verify, (eligibility,)),
+        (ranker_rows, (vectors,)),
     ],
 )
 def test_a_file_changes_when_what_it_compiles_in_changes(module: ModuleType, calls: tuple[ModuleType, ...]) -> None:
