@@ -56,7 +56,8 @@ def fit_platt(
 
 def _plain(weights: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> _Parts:
     logits = weights @ x
-    p = 1.0 / (1.0 + np.exp(-logits))
+    with np.errstate(over="ignore"):  # infinity, and 0 as the chance: as it should be
+        p = 1.0 / (1.0 + np.exp(-logits))
     loss = float((np.logaddexp(0.0, logits) - y * logits).sum())
     return loss, x @ (p - y), (x * (p * (1.0 - p))) @ x.T + 1e-9 * np.eye(2)
 

@@ -46,6 +46,8 @@ QUERIES = 256
 BATCH_VIEWERS, BATCH_CALLERS = 256, 2
 OPEN_LOAD = 0.7
 """Open-loop arrivals per second, as a share of the server's own closed-loop replies per second."""
+COMPARED_LOADS = (0.7, 0.9, 1.0)
+"""Shares of the textbook server's closed-loop replies per second at which both get the same arrivals."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,9 @@ def _behind_edges(servers: dict[str, Contestant], requests: list[bytes], plan: P
 def _open_loop(
     servers: dict[str, Contestant], requests: list[bytes], row: dict[str, Any], plan: Plan
 ) -> list[dict[str, Any]]:
-    """Latency at constant arrival rates: each server at its own pace, and ours at the textbook server's."""
-    rates = {name: OPEN_LOAD * row[name]["rps"] for name in (OURS, TEXTBOOK)}
-    cases = ((OURS, rates[OURS]), (TEXTBOOK, rates[TEXTBOOK]), (OURS, rates[TEXTBOOK]))
+    """Latency at constant arrival rates: ours at its own pace, then both at those that the textbook server can have."""
+    cases = [(OURS, OPEN_LOAD * row[OURS]["rps"])]
+    cases += [(name, share * row[TEXTBOOK]["rps"]) for share in COMPARED_LOADS for name in (TEXTBOOK, OURS)]
     runs: list[list[LoadReport]] = [[] for _ in cases]
     for _ in range(plan.rounds):
         for (name, rate), seen in zip(cases, runs, strict=True):
@@ -228,6 +230,10 @@ def _result(
         "rows": rows,
         "batch_rows": batches,
         "open_loop": open_rows,
+        "p99_ratio": {
+            f"{share:.0%}": round(theirs["p99_ms"] / mine["p99_ms"], 2)
+            for share, theirs, mine in zip(COMPARED_LOADS, open_rows[1::2], open_rows[2::2], strict=True)
+        },
     }
 
 

@@ -76,6 +76,8 @@ def _open_loop(result: dict[str, Any]) -> Table:
             *(f"{row[key]:.1f}" for key in ("p50_ms", "p90_ms", "p99_ms", "max_ms")),
             str(row["unsent"]), str(row["errors"] or ""),
         )  # fmt: skip
+    ratios = ", ".join(f"{ratio:.1f} at {share}" for share, ratio in result["p99_ratio"].items())
+    table.caption = f"p99, textbook ÷ ours, by share of the textbook server's replies/s: {ratios}"
     return table
 
 

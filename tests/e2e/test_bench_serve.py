@@ -72,7 +72,8 @@ def test_the_quick_form_prints_tables_then_one_line_of_json(
     assert all(said[key] > 0 for key in positive)
     assert (said["streams"], said["concurrency"], said["errors"]) == (STREAMS, 4, 0)
     assert [(row["streams"], row["concurrency"]) for row in said["rows"]] == [(STREAMS, 1), (STREAMS, 4)]
-    assert [row["server"] for row in said["open_loop"]] == [OURS, TEXTBOOK, OURS]
+    assert [row["server"] for row in said["open_loop"]] == [OURS] + 3 * [TEXTBOOK, OURS]
+    assert list(said["p99_ratio"]) == ["70%", "90%", "100%"] and all(ratio > 0 for ratio in said["p99_ratio"].values())
     assert said["commit"] and said["machine"] and said["client"] and said["floor"]
     ranked = said["with_ranker"]
     best = ranked["model_cpu_ms_per_viewer"][str(ranked["best_viewers_per_call"])]
