@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from statistics import median
 from typing import Any
 
@@ -53,17 +54,16 @@ class ModelAlone:
         features = FeatureSet.load(world.settings.table.features_file)
         repository = world.settings.scoring.model_repository
         self._model = LocalRanker(repository, RANKER, features.schema, len(features), DIM)
-        stage = RankerStage(
-            RankerCaller(self._model, RankerSettings(), world.clock), world.table, world.streams, RANKED
-        )
-        world.streams.assess(np.arange(world.table.rows, dtype=np.int32), NOW_MS)
         self._calls: dict[int, RankerInputs] = {}
-        for viewers in VIEWERS_PER_CALL:
-            batch = world.batch(viewers)
-            candidates = world.pipeline.rank(batch).candidates
-            assert candidates is not None
-            rows, columns = stage.chosen(batch, candidates)
-            self._calls[viewers] = stage.inputs(batch, candidates.slots[rows, columns], rows, NOW_MS)
+        with closing(RankerCaller(self._model, RankerSettings(), world.clock)) as nobody_asked:
+            stage = RankerStage(nobody_asked, world.table, world.streams, RANKED)
+            world.streams.assess(np.arange(world.table.rows, dtype=np.int32), NOW_MS)
+            for viewers in VIEWERS_PER_CALL:
+                batch = world.batch(viewers)
+                candidates = world.pipeline.rank(batch).candidates
+                assert candidates is not None
+                rows, columns = stage.chosen(batch, candidates)
+                self._calls[viewers] = stage.inputs(batch, candidates.slots[rows, columns], rows, NOW_MS)
 
     def cpu_ms(self, viewers: int) -> float:
         """CPU time per viewer of calls for so many, ms."""

@@ -253,7 +253,9 @@ def arrow_batch_applied(data: bytes) -> object:
 
 @cache
 def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="liverank-fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    folder = tempfile.mkdtemp(prefix="liverank-fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _as_file(name: str, data: bytes) -> Path:
