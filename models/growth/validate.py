@@ -1,6 +1,6 @@
 """How good a recipe is inside the training part: what recipes are chosen by, so that the test part stays unseen.
 
-    python -m models.growth.validate --events FILE [--recipe growth-1] [--folds 5]
+    python -m models.growth.validate --events FILE [--recipe growth-2] [--folds 5]
 
 Forward in time: the first 70 % of the file's time are cut into ``folds`` + 1 blocks; each but the first is predicted
 from all that was known before it began. Prints the table of `liverank model evaluate` for the predicted blocks.
