@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,24 @@ from models.growth.outlook_net import LOG_SPREAD, MIXED, Outlooks
 from server.scoring.model_config import INPUT, SCHEMA_PARAMETER
 
 OUTPUT = "outlook"
+_OF_CHANCES: dict[str, NDArray[np.generic]] = {"flat": np.array([-1], np.int64)}
+_OF_OUTLOOKS: dict[str, NDArray[np.generic]] = {
+    "narrowest": np.array(LOG_SPREAD[0], np.float32),
+    "widest": np.array(LOG_SPREAD[1], np.float32),
+    "part_axis": np.array([1], np.int64),
+}
 
 
 class _Nodes:
     """Nodes and constants of a graph that is being written."""
 
-    def __init__(self, model: Ensemble | Outlooks) -> None:
+    def __init__(self, model: Ensemble | Outlooks, constants: Mapping[str, NDArray[np.generic]]) -> None:
         self.nets = len(model.nets)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, NDArray[np.generic]] = {
             "clamp": np.array(CLAMP, np.float32),
             "minus_clamp": np.array(-CLAMP, np.float32),
+            **constants,
             **{name: value.detach().numpy() for name, value in model.state_dict().items()},
         }
 
@@ -59,10 +67,11 @@ class _Nodes:
 def build_graph(model: Ensemble | Outlooks) -> onnx.ModelProto:
     """Input ``features``. Of an ensemble float32[n, NAMES] to one output float32[n] per target; of outlooks
     float32[n, OWN] to ``outlook`` float32[n, PARTS, nets * MIXED]."""
-    nodes = _Nodes(model)
     if isinstance(model, Outlooks):
+        nodes = _Nodes(model, _OF_OUTLOOKS | {"nets": np.array(len(model.nets), np.float32)})
         names, outputs = OWN, _add_outlook(nodes)
     else:
+        nodes = _Nodes(model, _OF_CHANCES)
         names, outputs = NAMES, _add_chances(nodes)
     graph = helper.make_graph(
         nodes.nodes,
@@ -80,7 +89,6 @@ def build_graph(model: Ensemble | Outlooks) -> onnx.ModelProto:
 
 def _add_chances(nodes: _Nodes) -> dict[str, list[str | int]]:
     """Output → shape."""
-    nodes.constants["flat"] = np.array([-1], np.int64)
     chances = []
     for i in range(nodes.nets):
         # Only the heads that are kept; the other tasks helped to learn.
@@ -95,12 +103,6 @@ def _add_chances(nodes: _Nodes) -> dict[str, list[str | int]]:
 
 def _add_outlook(nodes: _Nodes) -> dict[str, list[str | int]]:
     """Output → shape."""
-    nodes.constants |= {
-        "nets": np.array(nodes.nets, np.float32),
-        "narrowest": np.array(LOG_SPREAD[0], np.float32),
-        "widest": np.array(LOG_SPREAD[1], np.float32),
-        "part_axis": np.array([1], np.int64),
-    }
     of_parts: tuple[list[str], ...] = ([], [], [])
     for i in range(nodes.nets):
         net = f"nets.{i}"
