@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 
 from loadtest.replay.growth import AHEAD_S
 from loadtest.replay.reader import read_history
-from models.growth.evaluate import compare, features_of, print_outcome, split
+from models.growth.evaluate import compare, print_outcome, split
 from models.growth.rows import TRAIN_SHARE, Rows, cut_s, digest, rows_of
+from models.growth.score import features_of, scores_of
 from server.errors import ConfigError
 
-NEWEST = "growth-1"
+NEWEST = "growth-2"
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -56,14 +58,14 @@ def _evaluate(events: Path, version: str) -> int:
     cut = cut_s(history)
     train, test = split(rows_of(history), cut)
     facts: dict[str, Any] = {"version": version, "events_sha256": digest(events), "cut_s": cut}
-    outcome = compare(test, _scores(version, facts, train, features_of(test)))
+    outcome = compare(test, _scores(version, facts, train, test))
     title = f"{version} on {events.name}: learned from up to second {cut:,} of its clock, tested on the rest"
     print_outcome(outcome, title, {**facts, "seconds": round(time.monotonic() - began_s, 1)})
     return 0
 
 
-def _scores(version: str, facts: dict[str, Any], train: Rows, test: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of test features, by a version that is in a folder, or trained now; adds to ``facts`` what it learned from."""
+def _scores(version: str, facts: dict[str, Any], train: Rows, test: Rows) -> NDArray[np.float32]:
+    """Of test rows, by a version that is in a folder, or trained now; adds to ``facts`` what it learned from."""
     if Path(version).is_dir():
         from models.growth.export import load
 
@@ -74,13 +76,13 @@ def _scores(version: str, facts: dict[str, Any], train: Rows, test: NDArray[np.f
                 f"--model: {version} knows this file up to second {trained.facts['known_until_s']:,}, the test begins "
                 f"at {facts['cut_s']:,}; wanted is a version trained on the first {TRAIN_SHARE:.0%}"
             )
-        return trained.scores(test)
+        return scores_of(trained.predict, trained.learns, test)
     from models.growth.fit import fit, recipe_of
     from models.growth.net import predict
 
     model = fit(train, recipe_of(version), _say)
     facts["rows_learned"] = int(np.isfinite(train.then).sum())
-    return predict(model, test)
+    return scores_of(partial(predict, model), model.learns, test)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -98,7 +100,7 @@ def _train(options: argparse.Namespace) -> int:
         "known_until_s": until_s,
         "rows": int(np.isfinite(rows.then).sum()),
     }
-    folder = publish(options.out, fit(rows, recipe, _say), features_of(rows)[:4096], facts)
+    folder = publish(options.out, fit(rows, recipe, _say), features_of(rows, recipe.learns)[:4096], facts)
     print(f"{options.recipe}, learned from {facts['rows']:,} rows: {folder}")
     return 0
 

@@ -23,7 +23,6 @@ from rich.table import Table
 
 from loadtest.replay.growth import AHEAD_S, MIN_CANDIDATES, TARGETS
 from models.export import without_nan
-from models.growth.features import with_places
 from models.growth.metrics import BLOCK_MOMENTS, Quality, interval95, quality
 from models.growth.rows import Rows
 from server.errors import ConfigError
@@ -36,11 +35,6 @@ VIEWERS_SHARE = 0.95
 def split(rows: Rows, cut_s: int) -> tuple[Rows, Rows]:
     """(training, test) rows of a history whose first part ends at ``cut_s``."""
     return rows.take(rows.t_s + AHEAD_S <= cut_s), rows.take(rows.t_s > cut_s)
-
-
-def features_of(rows: Rows) -> NDArray[np.float32]:
-    """float32[n, NAMES]: a stream's place is the one among all that can be ranked at its moment."""
-    return with_places(rows.own, rows.t_s)
 
 
 @dataclass(frozen=True)

@@ -11,83 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 from loadtest.replay.growth import TARGETS
-from models.export import IR_VERSION, OPSET, TOLERANCE, ExportMismatch, without_nan
-from models.growth.features import NAMES, schema
-from models.growth.net import CLAMP, Ensemble, predict
+from models.export import TOLERANCE, ExportMismatch, without_nan
+from models.growth.features import NAMES, OWN, schema
+from models.growth.graph import OUTPUT, build_graph
+from models.growth.net import Ensemble, predict
+from models.growth.outlook_net import Outlooks
+from models.growth.score import OUTLOOK, PLACES
 from server.errors import ConfigError
 from server.scoring.model_config import INPUT, SCHEMA_PARAMETER
 
 MODEL_FILE, FACTS_FILE = "model.onnx", "metrics.json"
+_FEATURES = {PLACES: NAMES, OUTLOOK: OWN}
 
 
 @dataclass(frozen=True)
 class Version:
-    """A trained recipe as it was written: its graph in onnxruntime, and its metrics.json."""
+    """A trained recipe as it was written: its graph in onnxruntime, its metrics.json, and what it learns."""
 
     session: onnxruntime.InferenceSession
     facts: dict[str, Any]
+    learns: str = PLACES
 
-    def scores(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32[n, TARGETS] of features float32[n, NAMES]."""
+    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The answer to features as `models.growth.score.features_of` makes them: what the trained model gives."""
+        if self.learns == OUTLOOK:
+            return np.asarray(self.session.run([OUTPUT], {INPUT: features})[0])
         return np.stack(self.session.run(list(TARGETS), {INPUT: features}), axis=1)
 
 
-def build_graph(model: Ensemble) -> onnx.ModelProto:
-    """The nets as ONNX: input ``features`` float32[n, NAMES], one output float32[n] per target."""
-    constants: dict[str, NDArray[np.generic]] = {
-        "clamp": np.float32(CLAMP),
-        "minus_clamp": np.float32(-CLAMP),
-        "flat": np.array([-1], np.int64),
-        **{name: value.detach().numpy() for name, value in model.state_dict().items()},
-    }
-    nodes = []
-
-    def add(operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(operator, inputs, [output], **attributes))
-        return output
-
-    chances = []
-    for i in range(len(model.nets)):
-        net = f"nets.{i}"
-        # Only the heads that are kept; the other tasks helped to learn.
-        for name in ("last.weight", "last.bias", "straight.weight"):
-            constants[f"{net}.{name}"] = constants[f"{net}.{name}"][: len(TARGETS)]
-        x = add("Sub", [INPUT, f"{net}.mean"], f"{net}/centred")
-        x = add("Div", [x, f"{net}.scale"], f"{net}/scaled")
-        x = add("Clip", [x, "minus_clamp", "clamp"], f"{net}/standardised")
-        y = x
-        for layer in ("first", "second"):
-            y = add("Gemm", [y, f"{net}.{layer}.weight", f"{net}.{layer}.bias"], f"{net}/{layer}", transB=1)
-            y = add("Relu", [y], f"{net}/{layer}_relu")
-        y = add("Gemm", [y, f"{net}.last.weight", f"{net}.last.bias"], f"{net}/last", transB=1)
-        straight = add("Gemm", [x, f"{net}.straight.weight"], f"{net}/straight", transB=1)
-        chances.append(add("Sigmoid", [add("Add", [y, straight], f"{net}/logit")], f"{net}/chance"))
-    mean = add("Mean", chances, "mean_chance")
-    nodes.append(helper.make_node("Split", [mean], [f"{t}/column" for t in TARGETS], axis=1))
-    for target in TARGETS:
-        add("Reshape", [f"{target}/column", "flat"], target)
-    graph = helper.make_graph(
-        nodes,
-        "growth",
-        [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["n", len(NAMES)])],
-        [helper.make_tensor_value_info(target, TensorProto.FLOAT, ["n"]) for target in TARGETS],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    opset = helper.make_opsetid("", OPSET)
-    made = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="liverank")
-    helper.set_model_props(made, {SCHEMA_PARAMETER: schema()})
-    onnx.checker.check_model(made, full_check=True)
-    return made
-
-
-def publish(folder: Path, model: Ensemble, sample: NDArray[np.float32], facts: Mapping[str, Any]) -> Path:
-    """Checks the graph against torch on ``sample`` float32[n, NAMES] and puts the version in place as a whole.
+def publish(folder: Path, model: Ensemble | Outlooks, sample: NDArray[np.float32], facts: Mapping[str, Any]) -> Path:
+    """Checks the graph against torch on ``sample``, features float32[n, F] as the model wants them, and puts the
+    version in place as a whole.
 
     Raises:
         ExportMismatch: they differ by more than TOLERANCE, or are not finite; nothing was written.
@@ -96,7 +54,7 @@ def publish(folder: Path, model: Ensemble, sample: NDArray[np.float32], facts: M
     if folder.exists() and not ((folder / MODEL_FILE).exists() and (folder / FACTS_FILE).exists()):
         raise ConfigError(f"{folder}: is there already and is no model version; another folder is wanted")
     graph = build_graph(model).SerializeToString(deterministic=True)
-    answered = Version(_open(graph), {}).scores(sample)
+    answered = Version(_open(graph), {}, model.learns).predict(sample)
     wanted = predict(model, sample)
     difference = float(np.abs(answered - wanted).max(initial=0.0)) if np.isfinite(answered).all() else float("inf")
     if not difference <= TOLERANCE:
@@ -105,7 +63,7 @@ def publish(folder: Path, model: Ensemble, sample: NDArray[np.float32], facts: M
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     (hidden / MODEL_FILE).write_bytes(graph)
-    kept = {"feature_schema": schema(), "export_difference": difference, **facts}
+    kept = {"feature_schema": schema(_FEATURES[model.learns]), "export_difference": difference, **facts}
     text = json.dumps(without_nan(kept), indent=2, sort_keys=True, allow_nan=False)
     (hidden / FACTS_FILE).write_text(text + "\n")
     if folder.exists():  # a folder cannot be renamed over another
@@ -126,9 +84,11 @@ def load(folder: Path) -> Version:
     except (OSError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf) as error:
         raise ConfigError(f"--model: {folder} is no version of the growth model: {error}") from error
     theirs = session.get_modelmeta().custom_metadata_map.get(SCHEMA_PARAMETER, "")
-    if theirs != schema():
-        raise ConfigError(f"--model: {folder} was built for feature schema {theirs or '(none)'!r}, not {schema()!r}")
-    return Version(session, facts)
+    ours = {schema(names): learns for learns, names in _FEATURES.items()}
+    if theirs not in ours:
+        wanted = " or ".join(map(repr, ours))
+        raise ConfigError(f"--model: {folder} was built for feature schema {theirs or '(none)'!r}, not {wanted}")
+    return Version(session, facts, ours[theirs])
 
 
 def _open(graph: bytes) -> onnxruntime.InferenceSession:

@@ -6,6 +6,7 @@ Nothing here depends on the clock's origin, the hour, or who streams: only what 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,9 +48,9 @@ _RANKED_AT = np.array([OWN.index(name) for name in RANKED])
 _AVERAGED_AT = np.array([OWN.index(name) for name in AVERAGED])
 
 
-def schema() -> str:
+def schema(names: Sequence[str] = NAMES) -> str:
     """Hash of the features' names and of the constants they are made with."""
-    return hashlib.sha256(f"growth {SOFTENER} {','.join(NAMES)}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"growth {SOFTENER} {','.join(names)}".encode()).hexdigest()[:16]
 
 
 class OwnFeatures:

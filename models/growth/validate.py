@@ -1,6 +1,6 @@
 """How good a recipe is inside the training part: what recipes are chosen by, so that the test part stays unseen.
 
-    python -m models.growth.validate --events FILE [--recipe growth-1] [--folds 5]
+    python -m models.growth.validate --events FILE [--recipe growth-2] [--folds 5]
 
 Forward in time: the first 70 % of the file's time are cut into ``folds`` + 1 blocks; each but the first is predicted
 from all that was known before it began. Prints the table of `liverank model evaluate` for the predicted blocks.
@@ -12,6 +12,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 
 from loadtest.replay.growth import AHEAD_S
 from loadtest.replay.reader import read_history
-from models.growth.evaluate import compare, features_of, print_outcome, split
+from models.growth.evaluate import compare, print_outcome, split
 from models.growth.fit import RECIPES, fit, recipe_of
 from models.growth.net import predict
 from models.growth.rows import Rows, cut_s, rows_of
+from models.growth.score import scores_of
 from server.errors import LiverankError
 
 Scorer = Callable[[Rows, Rows], NDArray[np.float32]]
@@ -55,9 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = recipe_of(given.recipe)
         history = read_history(given.events)
         train, _ = split(rows_of(history), cut_s(history))
-        later, scores = forward_chained(
-            train, lambda known, wanted: predict(fit(known, recipe), features_of(wanted)), given.folds
-        )
+
+        def scorer(known: Rows, wanted: Rows) -> NDArray[np.float32]:
+            model = fit(known, recipe)
+            return scores_of(partial(predict, model), model.learns, wanted)
+
+        later, scores = forward_chained(train, scorer, given.folds)
         print_outcome(
             compare(later, scores), f"{given.recipe}, forward in the training part of {given.events.name}", {}
         )

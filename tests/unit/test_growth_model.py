@@ -14,9 +14,11 @@ pytest.importorskip("onnx")
 
 from models.export import ExportMismatch  # noqa: E402
 from models.growth import export  # noqa: E402
-from models.growth.features import NAMES  # noqa: E402
+from models.growth.features import NAMES, OWN  # noqa: E402
 from models.growth.fit import RECIPES, Recipe  # noqa: E402
 from models.growth.net import Ensemble, GrowthNet, predict  # noqa: E402
+from models.growth.outlook_net import Outlooks, outlook_net  # noqa: E402
+from models.growth.score import OUTLOOK, PLACES  # noqa: E402
 from server.__main__ import main  # noqa: E402
 from tests.histories import Row, broadcast, in_time, write_csv  # noqa: E402
 
@@ -41,9 +43,16 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_csv(tmp_path_factory.mktemp("growth") / "waves.csv", waves())
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RECIPES, "small", Recipe(nets=2, every=3, epochs=5))
+@pytest.fixture(params=[PLACES, OUTLOOK])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECIPES, "small", Recipe(request.param, nets=2, every=3, epochs=5))
+
+
+def test_published_recipes_are_what_they_were() -> None:
+    assert {
+        "growth-1": Recipe(PLACES, 6, 3, 12, 512, 5e-3, 1e-2, 7),
+        "growth-2": Recipe(OUTLOOK, 6, 3, 24, 512, 3e-3, 1e-2, 7),
+    } == RECIPES
 
 
 def evaluate(events: Path, version: str, capsys: pytest.CaptureFixture[str]) -> dict:
@@ -110,24 +119,42 @@ def test_unknown_versions_and_files_without_enough_streams_are_refused(
     lonely = write_csv(tmp_path / "lonely.csv", broadcast("a", 0, [50] * 90))
     assert main(["model", "evaluate", "--events", str(lonely), "--model", "growth-1"]) == 2
     assert "no minute with 15 candidates" in capsys.readouterr().err
+    assert main(["model", "evaluate", "--events", str(lonely), "--model", "growth-2"]) == 2
+    assert "no minute with 30 candidates" in capsys.readouterr().err
     empty = write_csv(tmp_path / "small.csv", broadcast("a", 0, [5] * 90))
     assert main(["model", "evaluate", "--events", str(empty), "--model", "growth-1"]) == 2
+    capsys.readouterr()
+    assert main(["model", "evaluate", "--events", str(empty), "--model", "growth-2"]) == 2
+    assert "no stream that can be ranked 15 minutes later" in capsys.readouterr().err
 
 
-def random_model() -> Ensemble:
+def random_model(learns: str = PLACES) -> Ensemble | Outlooks:
     torch.manual_seed(1)
     rng = np.random.default_rng(1)
-    width = len(NAMES)
+    width = len(NAMES) if learns == PLACES else len(OWN)
     mean, scale = rng.normal(size=width).astype(np.float32), rng.uniform(0.5, 2.0, width).astype(np.float32)
-    return Ensemble([GrowthNet(mean + i, scale) for i in range(3)]).eval()
+    if learns == PLACES:
+        return Ensemble([GrowthNet(mean + i, scale) for i in range(3)]).eval()
+    swings = rng.normal(size=99).astype(np.float32)
+    return Outlooks([outlook_net(mean + i, scale, swings) for i in range(3)]).eval()
 
 
-def test_the_graph_computes_what_torch_computes(tmp_path: Path) -> None:
-    model = random_model()
-    sample = np.random.default_rng(2).normal(0, 5, (200, len(NAMES))).astype(np.float32)
+@pytest.mark.parametrize("learns", [PLACES, OUTLOOK])
+def test_the_graph_computes_what_torch_computes(learns: str, tmp_path: Path) -> None:
+    model = random_model(learns)
+    width = len(NAMES) if learns == PLACES else len(OWN)
+    sample = np.random.default_rng(2).normal(0, 5, (200, width)).astype(np.float32)
     version = export.load(export.publish(tmp_path / "1", model, sample, {"known_until_s": 9}))
-    np.testing.assert_allclose(version.scores(sample), predict(model, sample), atol=1e-5)
-    assert version.facts["known_until_s"] == 9
+    assert version.learns == learns and version.facts["known_until_s"] == 9
+    np.testing.assert_allclose(version.predict(sample), predict(model, sample), atol=1e-5)
+
+
+def test_a_version_of_other_features_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = np.zeros((2, len(OWN)), np.float32)
+    folder = export.publish(tmp_path / "1", random_model(OUTLOOK), sample, {})
+    monkeypatch.setattr(export, "_FEATURES", {PLACES: NAMES, OUTLOOK: OWN[1:]})
+    with pytest.raises(export.ConfigError, match="was built for feature schema"):
+        export.load(folder)
 
 
 def test_a_graph_that_differs_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
