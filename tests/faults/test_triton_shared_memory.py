@@ -53,9 +53,10 @@ def features(rows: int, seed: int = 0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).uniform(0, 1, (rows, ts.N_FEATURES)).astype(np.float32)
 
 
-def regions() -> list[str]:
-    """Shared memory of this process that still has a name."""
-    return [path.name for path in system_shm.SHM.glob(f"{system_shm.PREFIX}-*-{os.getpid()}-*")]
+def regions() -> set[str]:
+    """Shared memory of this process that still has a name. A scorer of another test, given up while its Triton hung,
+    may still hold one."""
+    return {path.name for path in system_shm.SHM.glob(f"{system_shm.PREFIX}-*-{os.getpid()}-*")}
 
 
 def registered(address: str) -> list[str]:
@@ -66,6 +67,7 @@ def registered(address: str) -> list[str]:
 
 
 def test_every_way_gives_the_same_scores_whatever_the_size(triton: ts.RunningTriton) -> None:
+    before = regions()
     scorers = {way: scorer_for(triton.address, make(triton.address)) for way, make in WAYS.items()}
     for rows in (1, 1_000, 1_024, 5_000, 3, 65_536):  # the region grows, and is then larger than needed
         x = features(rows, seed=rows)
@@ -77,7 +79,7 @@ def test_every_way_gives_the_same_scores_whatever_the_size(triton: ts.RunningTri
     assert {way: scorer.transport for way, scorer in scorers.items()} == {
         "plain": "plain", "system_shm": "system_shm", "auto": "system_shm",
     }  # fmt: skip
-    assert regions() == [], "a region has no name once Triton has mapped it"
+    assert regions() <= before, "a region has no name once Triton has mapped it"
     assert len(registered(triton.address)) == 2
     kept = scorers["system_shm"].score(features(4), 10.0).values
     before = kept.copy()
@@ -99,6 +101,7 @@ def test_a_model_that_answers_more_than_one_score_per_row_is_bad_scores(triton: 
 
 
 def test_shared_memory_recovers_by_itself_after_triton_was_killed(tmp_path: Path) -> None:
+    before = regions()
     ts.put_model(tmp_path / "repository", "trendiness", ts.small_net())
     with ts.running_triton(tmp_path / "repository", tmp_path / "1.log", "trendiness") as triton:
         port, address = triton.port, triton.address
@@ -122,7 +125,7 @@ def test_shared_memory_recovers_by_itself_after_triton_was_killed(tmp_path: Path
             np.testing.assert_array_equal(scores.values, expected)
             assert scorer.transport == "system_shm"
             scorer.close()
-        assert registered(address) == [] and regions() == []
+        assert registered(address) == [] and regions() <= before
 
 
 def test_a_triton_that_forgot_the_region_is_told_again_within_the_same_call(triton: ts.RunningTriton) -> None:
