@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import secrets
+import time
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from server.scoring.transport import Call
 LEAST_ROWS = 1024
 MAX_GIVEN_UP = 4
 """Regions that calls may still be using; beyond that shared memory is refused until Triton lets go."""
-CLOSE_S = 0.5
+CLOSE_S = 2.0
+"""For Triton to forget a region when its owner goes; what it does not, it keeps mapped until it ends."""
+_AGAIN_S = 0.005
 _NOT_THERE = ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.CANCELLED")
 
 
@@ -143,13 +146,25 @@ class SharedMemory(abc.ABC):
             self._given_up.append(region)
 
     def close(self, client: InferenceServerClient | None) -> None:
-        """See Transport. Waits `CLOSE_S` per region at most; what Triton still uses then, it keeps mapped."""
+        """See Transport. Waits `CLOSE_S` at most; what Triton still uses then, it keeps mapped."""
         self.failed()
+        ends_s, there = time.monotonic() + CLOSE_S, client is not None
         for region in self._given_up:
-            if client is not None:
-                try:
-                    region.unregister(client, CLOSE_S)
-                except InferenceServerException:
-                    client = None  # gone, or busy: one wait is enough
+            if client is not None and there:
+                there = _forgotten(region, client, ends_s)
             region.release()
         self._given_up = []
+
+
+def _forgotten(region: Region, client: InferenceServerClient, ends_s: float) -> bool:
+    """Asks Triton to forget a region, again while a call uses it: one is in use for a moment after its answer came.
+    False when there is no Triton, or no time left."""
+    while (left_s := ends_s - time.monotonic()) > 0:
+        try:
+            region.unregister(client, left_s)
+            return True
+        except InferenceServerException as error:
+            if error.status() in _NOT_THERE:
+                return False
+        time.sleep(min(_AGAIN_S, left_s))
+    return False

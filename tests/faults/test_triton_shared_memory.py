@@ -45,6 +45,12 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ts.RunningTrito
         yield running
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no reason to leave a region behind."""
+    monkeypatch.setattr(shared_memory, "CLOSE_S", 20.0)
+
+
 def scorer_for(address: str, tensors: Transport, model: str = "trendiness") -> TritonScorer:
     return TritonScorer(address, model, ts.SCHEMA, ts.N_FEATURES, tensors)
 

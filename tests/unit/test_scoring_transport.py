@@ -12,7 +12,7 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from server.errors import ConfigError, SharedMemoryRefused
-from server.scoring import cuda_shm, system_shm, transport
+from server.scoring import cuda_shm, shared_memory, system_shm, transport
 from server.scoring.system_shm import SystemSharedMemory
 from server.scoring.transport import Auto, PlainTensors, open_transport
 
@@ -111,6 +111,42 @@ def test_cuda_memory_that_a_call_still_uses_is_not_freed_before_triton_lets_go(c
     tensors.failed()
     tensors.prepare(triton, ROWS, 1.0)  # type: ignore[arg-type]
     assert not first & set(cuda.alive) and len(cuda.alive) == 2
+
+
+def test_a_region_in_use_when_its_owner_goes_is_asked_for_again_until_triton_forgets_it(cuda: FakeCuda) -> None:
+    tensors, triton, asked = open_transport("cuda_shm", "127.0.0.1:1"), FakeTriton(), list[str]()
+    tensors.prepare(triton, ROWS, 1.0)  # type: ignore[arg-type]
+    tensors.prepare(triton, np.tile(ROWS, (2_000, 1)), 1.0)  # type: ignore[arg-type]
+    assert triton.known
+    triton.in_use = set(triton.known)
+    forget = triton.unregister_cuda_shared_memory
+
+    def at_the_third_time(name: str, client_timeout: float) -> None:
+        asked.append(name)
+        if asked.count(name) == 3:
+            triton.in_use.discard(name)
+        forget(name, client_timeout)
+
+    triton.unregister_cuda_shared_memory = at_the_third_time  # type: ignore[method-assign]
+    tensors.close(triton)  # type: ignore[arg-type]
+    assert not triton.known and not cuda.alive
+
+
+@pytest.mark.parametrize(("status", "asked"), [("StatusCode.INTERNAL", 2), ("StatusCode.UNAVAILABLE", 1)])
+def test_a_triton_that_never_forgets_or_is_gone_holds_nobody_up(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, status: str, asked: int
+) -> None:
+    monkeypatch.setattr(shared_memory, "CLOSE_S", 0.03)
+    tensors, triton, calls = open_transport("cuda_shm", "127.0.0.1:1"), FakeTriton(), list[str]()
+    tensors.prepare(triton, ROWS, 1.0)  # type: ignore[arg-type]
+
+    def never(name: str, client_timeout: float) -> None:
+        calls.append(name)
+        raise InferenceServerException("no", status=status)
+
+    triton.unregister_cuda_shared_memory = never  # type: ignore[method-assign]
+    tensors.close(triton)  # type: ignore[arg-type]
+    assert not cuda.alive and (len(calls) >= asked if asked > 1 else len(calls) == 1)
 
 
 def test_no_room_on_the_device_and_a_refusing_triton_are_refusals(cuda: FakeCuda) -> None:
