@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loadtest.revision import commit
+from loadtest.revision import code_commit
 from models.export import without_nan
 from models.training import Course
 
@@ -44,7 +44,7 @@ def record(
     return {
         "format": FORMAT,
         "model": name,
-        "commit": commit(),
+        "commit": code_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "data_hash": data_hash,
         "feature_schema": feature_schema,

@@ -21,7 +21,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from loadtest.revision import commit
+from loadtest.revision import code_commit
 from models.trendiness import CLAMP, LIMIT, Trendiness, predict
 from models.weights import NAME as WEIGHTS
 from models.weights import Weights, save_weights
@@ -127,7 +127,7 @@ def publish(
     Raises:
         ExportMismatch: see check_parity; the repository is as before.
     """
-    revision, config_metrics = commit(), dict(sorted(config_metrics.items()))
+    revision, config_metrics = code_commit(), dict(sorted(config_metrics.items()))
     told = {f"metric.{name}": f"{value:.6g}" for name, value in config_metrics.items() if math.isfinite(value)}
     graph = build_graph(model, schema, {COMMIT_PARAMETER: revision, **told}).SerializeToString(deterministic=True)
     checked = np.concatenate([sample, odd_rows(len(model.mean))])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import tempfile
 import traceback
 from pathlib import Path
@@ -16,7 +14,7 @@ from loadtest.bench.overload import DEFAULT as FLOOD
 from loadtest.faults.base import SCENARIOS, CannotPlay, Outcome, Scenario
 from loadtest.faults.matrix import run_scenario
 from loadtest.faults.stage import Stage, open_stage
-from loadtest.processes import ROOT
+from loadtest.revision import commit, machine
 
 SOAK_S = 600.0
 QUICK_SOAK_S = 10.0
@@ -79,8 +77,5 @@ def _print(outcomes: list[Outcome], skipped: dict[str, str]) -> None:
             console.print(f"{o.name}: {detail}", style="red")
     for name, why in skipped.items():
         console.print(f"SKIPPED, hence not shown to hold: {name} ({why})", style="yellow")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    told = {"bench": "faults", "commit": commit, "machine": platform.processor() or platform.machine()}
+    told = {"bench": "faults", "commit": commit(), "machine": machine()}
     print(json.dumps({**told, "skipped": sorted(skipped), "faults": [o.row() for o in outcomes]}))

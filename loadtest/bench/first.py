@@ -8,8 +8,6 @@ Floor: the constant reply that `bench serve` measures.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +20,8 @@ from rich.table import Table
 from loadtest.bench.catalogue import as_bytes, make_catalogue, rank_requests
 from loadtest.bench.fill import fill, wait_until_scored
 from loadtest.bench.load import closed_loop
-from loadtest.processes import ROOT, Server, cpu_seconds, rss_bytes, start_server
+from loadtest.processes import Server, cpu_seconds, rss_bytes, start_server
+from loadtest.revision import commit, machine
 from server.channel import open_channel
 
 QUERIES = 256
@@ -43,14 +42,7 @@ def run_first(sizes: list[int]) -> int:
     for row in rows:
         table.add_row(*(f"{row[key]:,}" for key in names))
     Console(width=140).print(table)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    print(
-        json.dumps(
-            {"bench": "first", "commit": commit, "machine": platform.processor() or platform.machine(), "rows": rows}
-        )
-    )
+    print(json.dumps({"bench": "first", "commit": commit(), "machine": machine(), "rows": rows}))
     return 0
 
 

@@ -7,7 +7,6 @@ Without a GPU only the short form runs, interpreted on the CPU: it proves that t
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -30,7 +29,7 @@ from loadtest.bench.gpu_slate import SMOKE_SIZES as SLATE_SMOKE
 from loadtest.bench.gpu_slate import slate_rows
 from loadtest.bench.gpu_table import table_rows
 from loadtest.bench.inprocess import InProcess, fill_in_process
-from loadtest.processes import ROOT
+from loadtest.revision import commit
 from server.live.queue import DeviceQueue
 from server.ranking.device_batch import RankBuffers, bucket_of
 from server.ranking.pipeline_gpu import GpuPipeline
@@ -69,10 +68,7 @@ def run_gpu(quick: bool) -> int:
         _print(title, rows)
     targets = targets_of(retrieval, table, rank)
     _print("targets, stated for an H100", targets)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    about = {"bench": "gpu", "commit": commit, "gpu": name, "measured": backend.on_gpu}
+    about = {"bench": "gpu", "commit": commit(), "gpu": name, "measured": backend.on_gpu}
     print(json.dumps({**about, "seconds": round(time.monotonic() - started_s, 1), **parts, "targets": targets}))
     return 0
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -46,6 +44,7 @@ def run_kernels(quick: bool = False) -> int:
     for name in THREAD_VARIABLES:
         os.environ[name] = "1"
     from loadtest.bench.kernel_cases import cases
+    from loadtest.revision import commit, machine
 
     begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -57,8 +56,8 @@ def run_kernels(quick: bool = False) -> int:
     report = {
         "bench": "kernels",
         "quick": quick,
-        "commit": _commit(),
-        "machine": platform.processor() or platform.machine(),
+        "commit": commit(),
+        "machine": machine(),
         "threads": 1,
         # Above 1, something used a second thread after all.
         "cpu_per_wall": round((time.process_time() - begun_cpu_s) / wall_s, 2),
@@ -130,12 +129,3 @@ def _print(rows: dict[str, list[dict[str, Any]]]) -> None:
                 f"{line['ratio']:.2f}", rate,
             )  # fmt: skip
     Console(width=100).print(table)
-
-
-def _commit() -> str:
-    """Short hash of the checked-out commit; "" where there is no git or no checkout."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""

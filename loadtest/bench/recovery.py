@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
-import subprocess
 import tempfile
 import time
 import urllib.request
@@ -25,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.bench.catalogue import Catalogue, event_batches, make_catalogue, stream_id
-from loadtest.processes import ROOT, Server, start_server, wait_for
+from loadtest.processes import Server, start_server, wait_for
+from loadtest.revision import commit, machine
 from server.log.base import Record
 from server.log.sqlite import SqliteLog
 
@@ -47,12 +46,9 @@ def run_recovery(streams: int, events: int) -> int:
     for name, value in result.items():
         table.add_row(name, f"{value:,}")
     Console(width=100).print(table)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     about = {
-        "bench": "recovery", "commit": commit, "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(), "load_average_before": load_before, "streams": streams, "events": events,
+        "bench": "recovery", "commit": commit(), "machine": machine(),
+        "load_average_before": load_before, "streams": streams, "events": events,
     }  # fmt: skip
     print(json.dumps({**about, **result}))
     return 0 if result["lost_records"] == 0 else 1

@@ -14,8 +14,6 @@ Two modes, never mixed: scores of the stream level, worked out once for everybod
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -40,7 +38,7 @@ from loadtest.bench.openloop import open_loop
 from loadtest.bench.serve_report import print_result
 from loadtest.bench.serve_with_ranker import with_ranker
 from loadtest.bench.turns import CPU_RESOLUTION_S, WARM_UP_S, Turn, cpu_ratio, errors_of, summary, take_turn
-from loadtest.processes import ROOT
+from loadtest.revision import commit, machine
 
 QUERIES = 256
 BATCH_VIEWERS, BATCH_CALLERS = 256, 2
@@ -239,21 +237,10 @@ def _result(
 
 def _where(load_before: float, wall_s: float) -> dict[str, Any]:
     """What a reader needs to judge the figures."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    cpu = next((s.split(":")[1].strip() for s in _lines("/proc/cpuinfo") if s.startswith("model name")), "")
     return {
-        "commit": done.stdout.strip(),
-        "machine": f"{cpu or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "commit": commit(),
+        "machine": machine(),
         "client": "shares the cores with the server under test",
         "load_average_before": round(load_before, 2),
         "wall_s": round(wall_s, 1),
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

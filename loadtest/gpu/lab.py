@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.backend import DeviceError, visible_gpu
+from loadtest.revision import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = 520.0
@@ -137,14 +138,10 @@ def machine() -> dict[str, Any]:
         gpu = visible_gpu()
     except DeviceError as error:
         gpu = f"broken: {error}"
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
     wanted = re.compile(r"(numpy|numba|torch|triton|cupy-.*|cudf-.*|rmm-.*|faiss-.*|pandas|pyarrow)$")
     versions = {name: version for name, version in sorted(installed_versions().items()) if wanted.match(name)}
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit() or "unknown",
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": gpu,

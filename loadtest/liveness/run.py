@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import tempfile
 import threading
 import time
@@ -17,7 +15,8 @@ from rich.table import Table
 from loadtest.faults.stage import WITHIN_S, Stage, open_stage
 from loadtest.liveness.check import Verdict, check, tally
 from loadtest.liveness.traffic import Traffic, TrafficPlan
-from loadtest.processes import ROOT, wait_for
+from loadtest.processes import wait_for
+from loadtest.revision import commit, machine
 
 SHOWN = 10
 FAULT_EVERY_S = 4.0
@@ -78,9 +77,6 @@ def run_liveness(seconds: float, fault_every_s: float = FAULT_EVERY_S) -> int:
     for found in (verdict.violations, verdict.missing_events, verdict.missed_watch_ends):
         for line in found[:SHOWN]:
             console.print(line, style="red")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    told = {"bench": "liveness", "commit": commit, "machine": platform.processor() or platform.machine()}
+    told = {"bench": "liveness", "commit": commit(), "machine": machine()}
     print(json.dumps({**told, "seconds": seconds, "triton": not stage.no_triton, **verdict.summary()}))
     return 0 if verdict.ok else 1
