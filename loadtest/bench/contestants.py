@@ -90,12 +90,13 @@ def our_settings(streams: int) -> dict[str, dict[str, object]]:
 
 
 @contextmanager
-def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str, Contestant]]:
+def contestants(folder: Path, streams: int, sample: bytes, every: bool = True) -> Iterator[dict[str, Contestant]]:
     """Ours, the constant reply on our transport and on grpcio's own, and the textbook server, whole and lean; ours
     behind edges; ours and the textbook server with a ranker. All stopped in the end.
 
     Args:
         sample: a serialised RankRequest; our reply to it is the constant one.
+        every: also those that only the headline's number of streams asks: behind edges, and with a ranker.
     """
     catalogue = make_catalogue(streams, OLDEST_MS)
     with ExitStack() as stack:
@@ -104,10 +105,8 @@ def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str,
         reply_file = folder / "reply"
         reply_file.write_bytes(reply)
         started = {OURS: ours}
-        for name, more in (
-            (BEHIND_EDGES, {"serve": {"edges": EDGES}}),
-            (OURS_RANKED, {"ranker": {"model": RANKER}}),
-        ):
+        others = {BEHIND_EDGES: {"serve": {"edges": EDGES}}, OURS_RANKED: {"ranker": {"model": RANKER}}}
+        for name, more in others.items() if every else ():
             other = start_server(folder / name, our_settings(streams) | more)
             started[name] = stack.enter_context(_running(name, other))
             _fill_and_ask(other.address, catalogue, sample)
@@ -117,7 +116,7 @@ def contestants(folder: Path, streams: int, sample: bytes) -> Iterator[dict[str,
             (THREADS, "loadtest.bench.constant", ("--reply-file", str(reply_file), "--transport", "threads")),
             (TEXTBOOK, "loadtest.bench.textbook", n),
             (TEXTBOOK_LEAN, "loadtest.bench.textbook", (*n, "--lean")),
-            (TEXTBOOK_RANKED, "loadtest.bench.textbook", (*n, "--ranker")),
+            *([(TEXTBOOK_RANKED, "loadtest.bench.textbook", (*n, "--ranker"))] if every else []),
         ):
             started[name] = stack.enter_context(_running(name, start_child(folder / name, module, *arguments)))
         for contestant in started.values():

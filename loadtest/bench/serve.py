@@ -90,17 +90,18 @@ def run_serve(plan: Plan = DEFAULT) -> int:
     edges: dict[str, Any] = {}
     ranked: dict[str, Any] = {}
     for n in plan.streams:
+        headline = n == plan.headline[0]
         with (
             tempfile.TemporaryDirectory(prefix="liverank-bench-") as folder,
-            contestants(Path(folder), n, asked[1]) as servers,
+            contestants(Path(folder), n, asked[1], headline) as servers,
         ):
             cells = {c: _rank(servers, asked, n, c, plan) for c in plan.concurrency}
             rows += cells.values()
             textbook_cpu_ms = cells[max(cells)][TEXTBOOK]["cpu_ms_per_reply"]
-            if n == plan.headline[0]:
+            if headline:
                 edges = _behind_edges(servers, asked, plan)
             batches.append(_rank_batch(servers[OURS], as_batches(requests, BATCH_VIEWERS), n, textbook_cpu_ms, plan))
-            if n == plan.headline[0]:
+            if headline:
                 open_rows = _open_loop(servers, asked, cells[plan.headline[1]], plan)
                 ranked = with_ranker(servers, asked, n, plan.concurrency, plan.rounds, plan.seconds)
     result = _result(plan, rows, batches, open_rows) | {"edges": edges, "with_ranker": ranked}

@@ -57,8 +57,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Cont
 def test_the_quick_form_prints_tables_then_one_line_of_json(
     servers: dict[str, Contestant], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def started_already(folder: Path, streams: int, sample: bytes) -> nullcontext[dict[str, Contestant]]:
-        assert streams == STREAMS
+    def started_already(folder: Path, streams: int, sample: bytes, every: bool) -> nullcontext[dict[str, Contestant]]:
+        assert streams == STREAMS and every
         return nullcontext(servers)
 
     monkeypatch.setattr(serve, "contestants", started_already)
